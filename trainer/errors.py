@@ -1,0 +1,41 @@
+"""The mistakes a user can make and the reasons a run stops itself, as exceptions with clear messages."""
+
+
+class UserError(ValueError):
+    """A user's mistake, told in four parts; the command line prints it and exits with status 2."""
+
+    def __init__(self, where: str, got: str, allowed: str, do: str) -> None:
+        """Keep the four parts.
+
+        Args:
+            where: file and line, dotted key, or command that holds the mistake.
+            got: what was found there.
+            allowed: what would have been accepted.
+            do: the one thing to do next.
+        """
+        self.where, self.got, self.allowed, self.do = where, got, allowed, do
+        super().__init__(f"{where}\n  got:     {got}\n  allowed: {allowed}\n  do:      {do}")
+
+
+class ConfigError(UserError):
+    """A configuration file or a `-P` value is wrong."""
+
+
+class StrategyError(UserError):
+    """A strategy cannot be resolved against the model it is meant for."""
+
+
+class DataError(UserError):
+    """Records, images or the folder that holds them are wrong."""
+
+
+class ModelError(UserError):
+    """The base model cannot be found, read or used as asked."""
+
+
+class TrackingError(UserError):
+    """The MLflow store cannot be used as asked."""
+
+
+class TrainingStopped(RuntimeError):
+    """Training stopped itself (gate, non-finite loss or gradient); the command line exits with status 3."""

@@ -1,0 +1,88 @@
+"""What the loop tells the outside: frozen events, emitted in order, that tracking, display and tests listen to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """How much training has happened so far, cumulative."""
+
+    step: int = 0
+    epoch: float = 0.0
+    samples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    train_seconds: float = 0.0
+    """Seconds in training steps: evaluation and saving are not in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """One optimizer step was taken."""
+
+    seen: Seen
+    loss: float
+    """Nats per supervised token over the whole step."""
+    supervised_tokens: int
+    learning_rates: Mapping[str, float]
+    """Part -> the rate the optimizer used in this step."""
+    grad_norms: Mapping[str, float]
+    """`total` and each part, before clipping."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLosses:
+    """Summed loss and number of supervised tokens of each record of one evaluation set, in the order of `record_ids`."""
+
+    record_ids: tuple[str, ...]
+    domains: tuple[str | None, ...]
+    loss_sums: tuple[float, ...]
+    """Nats."""
+    token_counts: tuple[int, ...]
+
+    def mean(self) -> float:
+        """Nats per supervised token over the whole set."""
+        return sum(self.loss_sums) / sum(self.token_counts)
+
+    def mean_by_domain(self) -> dict[str, float]:
+        """Nats per supervised token of each domain that occurs."""
+        sums: dict[str, tuple[float, int]] = {}
+        for domain, loss, count in zip(self.domains, self.loss_sums, self.token_counts, strict=True):
+            if domain is not None:
+                old_loss, old_count = sums.get(domain, (0.0, 0))
+                sums[domain] = (old_loss + loss, old_count + count)
+        return {domain: loss / count for domain, (loss, count) in sorted(sums.items())}
+
+
+@dataclass(frozen=True, slots=True)
+class EvalDone:
+    """The evaluation sets that were due have been run."""
+
+    seen: Seen
+    losses: Mapping[str, RecordLosses]
+    """Evaluation set (`eval`, `probe`, `ood`, `seen_images`, `exchanged_images`) -> its losses."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved:
+    """A checkpoint is complete on disk."""
+
+    seen: Seen
+    kind: str
+    """`best` or `last`, or `step-N`."""
+    path: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GateLooked:
+    """The training gate took a look and everything it asks held."""
+
+    seen: Seen
+    look: int
+    complete: bool
+
+
+Event = StepDone | EvalDone | CheckpointSaved | GateLooked

@@ -1,0 +1,131 @@
+"""Every metric, param, tag and artifact name that reaches MLflow, with unit, better direction, and exact or measured.
+
+An *exact* metric is a pure function of configuration, data, seed and layout: bit-identical when a run is repeated or
+resumed. A *measured* one (seconds, throughput, memory) is not.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+EXPERIMENT = "stage_3_vision_comparison"
+DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+
+PARTS = ("vision", "aligner", "llm")
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What one metric means: its unit, whether lower or higher is better (None: neither), and whether it is exact."""
+
+    unit: str
+    better: Literal["lower", "higher"] | None = None
+    exact: bool = True
+
+
+TRAIN_LOSS = "train/loss"
+TRAIN_LOSS_SMOOTHED = "train/loss_smoothed"
+EVAL_LOSS = "eval/loss"
+EVAL_LOSS_SMOOTHED = "eval/loss_smoothed"
+EVAL_LOSS_BY_DOMAIN = "eval/loss_by_domain/"
+OOD_LOSS = "ood/loss"
+PROBE_LOSS = "probe/loss"
+GAP = "generalization_gap"
+GAP_CLEAN = "generalization_gap_clean"
+VISION_GAIN = "eval/vision_gain"
+F1 = "eval/f1"
+PRECISION = "eval/precision"
+RECALL = "eval/recall"
+F1_ATTRIBUTES = "eval/f1_attributes"
+CLASS_ACCURACY = "eval/class_accuracy"
+BEST_LOSS = "eval/best_loss"
+BEST_STEP = "eval/best_step"
+SAMPLES_TO_BEST = "samples_to_best"
+LEARNING_RATE = "learning_rate/"
+GRAD_NORM = "grad_norm/"
+LOSS_SPIKES = "loss_spikes"
+EPOCH = "epoch"
+SAMPLES_SEEN = "samples_seen"
+TOKENS_SEEN = "tokens_seen"
+SUPERVISED_TOKENS_SEEN = "supervised_tokens_seen"
+TRAIN_SECONDS = "train_seconds"
+SAMPLES_PER_SECOND = "throughput/samples_per_second"
+TOKENS_PER_SECOND = "throughput/tokens_per_second"
+PEAK_MEMORY = "memory/peak_bytes"
+CHECKPOINT_BYTES = "checkpoint/bytes"
+CPU_PERCENT = "system/cpu_percent"
+MEMORY_BYTES = "system/memory_bytes"
+
+_NATS = "nats per supervised token"
+
+METRICS: dict[str, Metric] = {
+    TRAIN_LOSS: Metric(_NATS, "lower"),
+    TRAIN_LOSS_SMOOTHED: Metric(_NATS, "lower"),
+    EVAL_LOSS: Metric(_NATS, "lower"),
+    EVAL_LOSS_SMOOTHED: Metric(_NATS, "lower"),
+    OOD_LOSS: Metric(_NATS, "lower"),
+    PROBE_LOSS: Metric(_NATS, "lower"),
+    GAP: Metric(_NATS, "lower"),
+    GAP_CLEAN: Metric(_NATS, "lower"),
+    VISION_GAIN: Metric(_NATS, "higher"),
+    F1: Metric("fraction", "higher"),
+    PRECISION: Metric("fraction", "higher"),
+    RECALL: Metric("fraction", "higher"),
+    F1_ATTRIBUTES: Metric("fraction", "higher"),
+    CLASS_ACCURACY: Metric("fraction", "higher"),
+    BEST_LOSS: Metric(_NATS, "lower"),
+    BEST_STEP: Metric("optimizer steps"),
+    SAMPLES_TO_BEST: Metric("samples", "lower"),
+    LOSS_SPIKES: Metric("rows", "lower"),
+    EPOCH: Metric("epochs"),
+    SAMPLES_SEEN: Metric("samples"),
+    TOKENS_SEEN: Metric("tokens"),
+    SUPERVISED_TOKENS_SEEN: Metric("supervised tokens"),
+    TRAIN_SECONDS: Metric("seconds", "lower", exact=False),
+    SAMPLES_PER_SECOND: Metric("samples per second", "higher", exact=False),
+    TOKENS_PER_SECOND: Metric("tokens per second", "higher", exact=False),
+    PEAK_MEMORY: Metric("bytes", "lower", exact=False),
+    CHECKPOINT_BYTES: Metric("bytes", "lower", exact=False),
+    CPU_PERCENT: Metric("percent of one core", exact=False),
+    MEMORY_BYTES: Metric("bytes", "lower", exact=False),
+    GRAD_NORM + "total": Metric("norm before clipping"),
+    **{GRAD_NORM + part: Metric("norm before clipping") for part in PARTS},
+    **{LEARNING_RATE + part: Metric("per optimizer step") for part in PARTS},
+}
+
+
+def metric(name: str) -> Metric:
+    """The meaning of one metric; names under `eval/loss_by_domain/` share one.
+
+    Raises:
+        KeyError: the name is not ours.
+    """
+    return Metric(_NATS, "lower") if name.startswith(EVAL_LOSS_BY_DOMAIN) else METRICS[name]
+
+
+# Params beside the resolved configuration, which is logged whole under its dotted keys.
+TRAINABLE_PARAMETERS = "trainable_parameters/"
+DTYPE = "dtype/"
+VISION_BLOCKS = "vision.blocks_resolved"
+EFFECTIVE_BATCH_PACKS = "effective_batch.packs"
+IMAGE_PROCESSOR = "image_processor"
+
+# Tags
+TAG_STRATEGY = "strategy"
+TAG_SEED = "seed"
+TAG_PROFILE = "profile"
+TAG_GATE = "training_gate"
+TAG_CODE_VERSION = "code.version"
+TAG_TRAIN_DIGEST = "data.train_digest"
+TAG_VAL_DIGEST = "data.val_digest"
+TAG_BASE_DIGEST = "base_model.digest"
+TAG_CONTINUED_IN = "continued_in"
+
+# Artifacts
+ARTIFACT_CONFIG = "resolved_config.yaml"
+ARTIFACT_PLAN = "parameter_plan.json"
+ARTIFACT_GATE = "training_gate.json"
+ARTIFACT_RECORD_LOSSES = "eval_record_losses.parquet"
+ARTIFACT_ENVIRONMENT = "environment.json"
+ARTIFACT_CHECKPOINTS = "checkpoints.json"
+ARTIFACT_PREDICTIONS = "predictions.jsonl"
+ARTIFACT_TRACEBACK = "traceback.txt"
