@@ -1,0 +1,145 @@
+"""The training gate: proves in every run that exactly the planned tensors train, or stops the run and names the others.
+
+With gradient checkpointing in its re-entrant form a trainable block behind a frozen prefix gets no gradient and no error,
+while the loss still falls because aligner and LLM learn. The gate takes two looks:
+
+1. at the gradients before the first update: every trained tensor has a finite, non-zero gradient, no frozen one has any
+   (LoRA's A stands behind a B that starts at zero, so it is looked at before the second update);
+2. at the weights at the end of warm-up (or the last step): every trained tensor differs from its start, every frozen
+   tensor's digest is unchanged.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.errors import TrainingStopped
+from trainer.model import TrainedTensor
+
+
+class Verdict(StrEnum):
+    """What the tag `training_gate` says; `open` when the run ended before the gate had seen enough."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    OPEN = "open"
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, 32 hex characters."""
+    raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.sha256(raw.data).hexdigest()[:32]
+
+
+class GateFailed(TrainingStopped):
+    """A look found tensors that do not do what the plan says."""
+
+
+class Gate:
+    """Watches one stretch of training in which the set of trained tensors does not change."""
+
+    def __init__(self, trained: Sequence[TrainedTensor], frozen: Mapping[str, Tensor], *, last_look: int) -> None:
+        """Remember how every tensor starts.
+
+        Args:
+            trained: the tensors that the plan calls trainable.
+            frozen: name -> every other tensor of the model.
+            last_look: the optimizer step after which the weights are looked at.
+        """
+        self._trained, self._frozen = trained, frozen
+        self._last_look = last_look
+        self._start = {t.name: t.parameter.detach().cpu().clone() for t in trained}
+        self._frozen_digests = {name: digest(tensor) for name, tensor in frozen.items()}
+        self._gradient_norms: dict[str, float] = {}
+        self._update_norms: dict[str, float] = {}
+        self._faults: dict[str, str] = {}
+        self._seen_weights = False
+
+    def before_update(self, step: int) -> None:
+        """Look at the gradients of optimizer step `step` (from 1), complete and not yet clipped.
+
+        Raises:
+            GateFailed: a trained tensor has no, a zero or a non-finite gradient, or a frozen one has any.
+        """
+        if step > 2:
+            return
+        for tensor in self._trained:
+            if tensor.behind_zero == (step == 2):
+                self._judge_gradient(tensor)
+        for name, parameter in self._frozen.items():
+            if parameter.grad is not None:
+                self._faults[name] = "frozen, but it has a gradient"
+        self._stop_on_faults("gradients", step)
+
+    def after_update(self, step: int) -> bool:
+        """Look at the weights if `step` is the one for it; returns whether it looked.
+
+        Raises:
+            GateFailed: a trained tensor is as it started, or a frozen one is not.
+        """
+        if step != self._last_look:
+            return False
+        for tensor in self._trained:
+            change = (tensor.parameter.detach().cpu() - self._start[tensor.name]).norm().item()
+            self._update_norms[tensor.name] = change
+            if not change > 0:
+                self._faults[tensor.name] = f"planned {tensor.method}, but {step} updates left it as it was"
+        for name, parameter in self._frozen.items():
+            if digest(parameter) != self._frozen_digests[name]:
+                self._faults[name] = "frozen, but its bytes have changed"
+        self._stop_on_faults("weights", step)
+        self._seen_weights = True
+        self._start.clear()
+        return True
+
+    @property
+    def verdict(self) -> Verdict:
+        """The result so far."""
+        if self._faults:
+            return Verdict.FAILED
+        complete = self._seen_weights and len(self._gradient_norms) == len(self._trained)
+        return Verdict.PASSED if complete else Verdict.OPEN
+
+    def report(self) -> dict[str, Any]:
+        """The numbers behind the verdict, for the run's artifact: norms are of the first gradient and the whole update."""
+        return {
+            "verdict": self.verdict.value,
+            "weights_looked_at_after_step": self._last_look,
+            "faults": self._faults,
+            "trained": {
+                t.name: {
+                    "part": t.part.value,
+                    "method": t.method.value,
+                    "gradient_norm": self._gradient_norms.get(t.name),
+                    "update_norm": self._update_norms.get(t.name),
+                }
+                for t in self._trained
+            },
+            "frozen": self._frozen_digests,
+        }
+
+    def _judge_gradient(self, tensor: TrainedTensor) -> None:
+        gradient = tensor.parameter.grad
+        if gradient is None:
+            self._faults[tensor.name] = f"planned {tensor.method}, but it has no gradient"
+            return
+        norm = gradient.norm().item()
+        self._gradient_norms[tensor.name] = norm
+        if not math.isfinite(norm):
+            self._faults[tensor.name] = f"planned {tensor.method}, but its gradient is not finite"
+        elif norm == 0.0:
+            self._faults[tensor.name] = f"planned {tensor.method}, but its gradient is zero"
+
+    def _stop_on_faults(self, look: str, step: int) -> None:
+        if not self._faults:
+            return
+        named = [f"  {name}: {fault}" for name, fault in self._faults.items()]
+        more = [f"  ... and {len(named) - 20} more, all in the artifact"] if len(named) > 20 else []
+        raise GateFailed(
+            "\n".join([f"The training gate looked at the {look} of step {step} and found:", *named[:20], *more])
+        )

@@ -1,0 +1,63 @@
+"""Fingerprints of what a run was made from: code, data, base weights, environment."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import file_sha256
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "mlflow", "numpy", "pillow", "safetensors")
+DIGEST_LENGTH = 32
+"""Hex characters; MLflow allows a dataset digest 36."""
+
+
+def code_version(folder: Path | None = None) -> str:
+    """The commit of the checkout that holds this package, `-dirty` when files differ from it; else the version."""
+    folder = folder or Path(__file__).resolve().parents[1]
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        try:
+            return metadata.version("vision-tower-experiments")
+        except metadata.PackageNotFoundError:
+            return "unknown"
+
+
+def files_digest(files: Iterable[Path]) -> str:
+    """One digest over the contents of files in the order given, 32 hex characters; names and places do not count."""
+    with ThreadPoolExecutor() as pool:
+        parts = list(pool.map(file_sha256, files))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:DIGEST_LENGTH]
+
+
+def text_digest(value: Any) -> str:
+    """Digest of a JSON-able value, 32 hex characters."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:DIGEST_LENGTH]
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on: packages, Python, system, processors. Nothing of the user's variables or paths."""
+    import torch  # slow to import, and this is the only function that asks it
+
+    cuda = torch.cuda.is_available()
+    return {
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processors": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
