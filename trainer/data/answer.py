@@ -1,0 +1,84 @@
+"""The answer as text: written from a record for the model to learn, read back from what a model generates."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+
+from trainer.data.geometry import KINDS, EmitNorm, Geometry, Kind, Size, count_problem, emit, reading_key
+from trainer.data.records import Record
+
+_STRING = r'"(?:[^"\\]|\\.)*"'
+_LEAF_OR_IMAGE = re.compile(rf'(?P<leaf>\{{(?:[^{{}}"]|{_STRING})*\}})|"image_(?P<image>\d{{1,4}})"\s*:', re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ParsedObject:
+    """One object read out of an answer: points in emitted coordinates, index (from 0) of its image."""
+
+    kind: Kind
+    points: tuple[float, ...]
+    desc: str
+    image: int = 0
+
+
+def answer_text(record: Record, emit_norm: EmitNorm, shown: Size | None = None) -> str:
+    """The answer that the model learns: compact JSON, a group per image, objects in reading order.
+
+    Args:
+        record: with at least one object.
+        emit_norm: frame of the coordinates.
+        shown: (width, height) of the images after resizing, see `geometry.emit`.
+
+    Returns:
+        For instance `{"image_1":{"object_1":{"bbox_2d":[12,34,56,78],"desc":"seven/red"}}}`.
+    """
+    size = (record.width, record.height)
+    groups: dict[str, dict[str, dict[str, object]]] = {}
+    for index in range(len(record.images)):
+        emitted = [(emit(o.geometry, size, emit_norm, shown), o.desc) for o in record.objects if o.image == index]
+        # Sorted by what is emitted, so that the order can be seen in the answer itself.
+        emitted.sort(key=lambda pair: (reading_key(pair[0]), pair[0].kind, pair[1]))
+        groups[f"image_{index + 1}"] = {
+            f"object_{number}": _leaf(geometry, desc) for number, (geometry, desc) in enumerate(emitted, 1)
+        }
+    return json.dumps(groups, ensure_ascii=False, separators=(",", ":"))
+
+
+def parse_answer(text: str) -> list[ParsedObject]:
+    """Read the objects out of generated text; whatever is not a whole, sound object is left out.
+
+    Args:
+        text: anything; a cut or damaged answer gives the objects that are complete.
+
+    Returns:
+        The objects in the order of the text. Never raises.
+    """
+    objects: list[ParsedObject] = []
+    image = 0
+    for match in _LEAF_OR_IMAGE.finditer(text):
+        if match["image"] is not None:
+            image = max(0, int(match["image"]) - 1)
+        elif (parsed := _parse_leaf(match["leaf"], image)) is not None:
+            objects.append(parsed)
+    return objects
+
+
+def _leaf(geometry: Geometry, desc: str) -> dict[str, object]:
+    leaf: dict[str, object] = {geometry.kind: list(geometry.points)}
+    if geometry.kind == "line":
+        leaf["line_points"] = len(geometry.points) // 2
+    return {**leaf, "desc": desc}
+
+
+def _parse_leaf(text: str, image: int) -> ParsedObject | None:
+    try:
+        leaf = json.loads(text, strict=False)
+        kinds = [kind for kind in KINDS if kind in leaf]
+        points = tuple(float(value) for value in leaf[kinds[0]])
+        desc = leaf["desc"]
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError):
+        return None
+    if len(kinds) != 1 or not isinstance(desc, str) or count_problem(kinds[0], len(points)):
+        return None
+    return ParsedObject(kinds[0], points, desc, image) if all(map(math.isfinite, points)) else None

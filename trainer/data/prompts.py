@@ -1,0 +1,181 @@
+"""The words that the model is given: system prompt in scheme A or B, user prompt, in Chinese or English."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from trainer.data.geometry import EmitNorm
+from trainer.errors import DataError
+
+Scheme = Literal["A", "B"]
+Language = Literal["zh", "en"]
+
+
+@dataclass(frozen=True)
+class Taxonomy:
+    """What scheme B tells the model about the domain.
+
+    Attributes:
+        types: the classes; the first element of a `desc`.
+        attributes: each attribute's name with its possible values.
+        rules: sentences of the domain, one rule each.
+    """
+
+    types: tuple[str, ...] = ()
+    attributes: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    rules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Words:
+    """One language's sentences; every prompt is put together from these."""
+
+    output: str
+    coordinates: Mapping[EmitNorm, str]
+    order: str
+    desc: str
+    types: str
+    attributes: str
+    rules: str
+    comma: str
+    colon: str
+    user_one: str
+    user_many: str
+
+
+_EXAMPLE = '{{"image_1":{{"object_1":{{"bbox_2d":[x1,y1,x2,y2],"desc":"{desc}"}},...}},...}}'
+
+_EN = _Words(
+    output=(
+        f"List every object in each image. Output one JSON object only: {_EXAMPLE.format(desc='type/attributes')}. "
+        "Use bbox_2d, quad, poly or line (lines add line_points)."
+    ),
+    coordinates={
+        "norm1000": "Coordinates are integers from 0 to 1000, relative to image size.",
+        "norm100": "Coordinates are integers from 0 to 100, relative to image size.",
+        "none": "Coordinates are integers in pixels.",
+    },
+    order=(
+        "Order: number the objects of an image from top to bottom, and from left to right where they start at the "
+        "same height; the upper left corner of the bounding box decides. A line starts at its leftmost end."
+    ),
+    desc=(
+        "desc: parts separated by slashes: type / attributes / attributes that only this type has / remark. "
+        "Separate attributes with commas. Leave out parts at the end that have nothing to say."
+    ),
+    types="Types: ",
+    attributes="Attributes:",
+    rules="Rules:",
+    comma=", ",
+    colon=": ",
+    user_one="Describe all objects in this image.",
+    user_many="Describe all objects in these {n} images.",
+)
+
+_ZH = _Words(
+    output=(
+        f"找出每张图中的所有目标，只输出一个 JSON 对象：{_EXAMPLE.format(desc='类型/属性')}。"
+        "几何形状用 bbox_2d、quad、poly 或 line 之一（line 另写 line_points，即点数）。"
+    ),
+    coordinates={
+        "norm1000": "坐标为相对图像宽高的 0 到 1000 的整数。",
+        "norm100": "坐标为相对图像宽高的 0 到 100 的整数。",
+        "none": "坐标为像素整数。",
+    },
+    order="顺序：每张图的目标按外接框左上角从上到下编号，高度相同时从左到右。line 从最左端的点开始。",
+    desc="desc：用斜杠分成若干部分：类型/属性/该类型特有的属性/备注。多个属性用逗号分开，末尾没有内容的部分省略。",
+    types="类型：",
+    attributes="属性：",
+    rules="规则：",
+    comma="、",
+    colon="：",
+    user_one="请描述这张图中的所有目标。",
+    user_many="请描述这 {n} 张图中的所有目标。",
+)
+
+_WORDS: dict[Language, _Words] = {"en": _EN, "zh": _ZH}
+
+
+def system_prompt(scheme: Scheme, language: Language, emit_norm: EmitNorm, taxonomy: Taxonomy | None = None) -> str:
+    """The system prompt of every sample.
+
+    Args:
+        scheme: A states the output format only; B adds ordering rule, form of `desc`, taxonomy and domain rules.
+        language: of the wording; the taxonomy is quoted as it is written.
+        emit_norm: frame of the coordinates in the answer.
+        taxonomy: used by scheme B; without one B ends after the form of `desc`.
+
+    Returns:
+        The text, without chat tokens.
+    """
+    words = _WORDS[language]
+    joint = " " if language == "en" else ""
+    lines = [words.output + joint + words.coordinates[emit_norm]]
+    if scheme == "B":
+        lines += [words.order, words.desc, *_taxonomy_lines(taxonomy or Taxonomy(), words)]
+    return "\n".join(lines)
+
+
+def user_prompt(language: Language, n_images: int = 1) -> str:
+    """The request that follows the images of one sample, without chat tokens."""
+    words = _WORDS[language]
+    return words.user_one if n_images == 1 else words.user_many.format(n=n_images)
+
+
+def read_taxonomy(path: Path) -> Taxonomy:
+    """Read a taxonomy: a YAML map with `types` (list), `attributes` (name: list of values), `rules` (list).
+
+    Args:
+        path: the YAML file; keys that are left out count as empty.
+
+    Returns:
+        The taxonomy, in the order of the file.
+
+    Raises:
+        DataError: the file is missing, not YAML, or not of that form.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _taxonomy_error(path, f"cannot be read: {error}") from error
+    if not isinstance(tree, dict) or (unknown := set(tree) - {"types", "attributes", "rules"}):
+        got = f"unknown keys {sorted(map(str, unknown))}" if isinstance(tree, dict) else f"a {type(tree).__name__}"
+        raise _taxonomy_error(path, got)
+    attributes = tree.get("attributes") or {}
+    if not isinstance(attributes, dict):
+        raise _taxonomy_error(path, "`attributes` is not a map")
+    return Taxonomy(
+        types=_texts(path, "types", tree.get("types")),
+        attributes=tuple((str(name), _texts(path, f"attributes.{name}", each)) for name, each in attributes.items()),
+        rules=_texts(path, "rules", tree.get("rules")),
+    )
+
+
+def _taxonomy_lines(taxonomy: Taxonomy, words: _Words) -> list[str]:
+    lines = [words.types + words.comma.join(taxonomy.types)] if taxonomy.types else []
+    if taxonomy.attributes:
+        lines.append(words.attributes)
+        lines += [f"- {name}{words.colon}{words.comma.join(values)}" for name, values in taxonomy.attributes]
+    if taxonomy.rules:
+        lines += [words.rules, *(f"- {rule}" for rule in taxonomy.rules)]
+    return lines
+
+
+def _texts(path: Path, key: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise _taxonomy_error(path, f"`{key}` is not a list of texts: {value!r} (quote numbers, yes and no)")
+    return tuple(value)
+
+
+def _taxonomy_error(path: Path, got: str) -> DataError:
+    return DataError(
+        where=str(path),
+        got=got,
+        allowed="a YAML map with `types` (list), `attributes` (name: list of values) and `rules` (list)",
+        do="correct the taxonomy file, or leave it out",
+    )

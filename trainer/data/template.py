@@ -1,0 +1,265 @@
+"""A record as the model meets it: chat template, token ids, image patches, positions, and what is supervised."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+from trainer.data.answer import ParsedObject, answer_text, parse_answer
+from trainer.data.geometry import EmitNorm, Size
+from trainer.data.images import read_image
+from trainer.data.prompts import Language, Scheme, Taxonomy, system_prompt, user_prompt
+from trainer.data.records import Record
+from trainer.errors import DataError, ModelError
+
+__all__ = ["Encoder", "ParsedObject", "Sample", "answer_text", "mrope_positions", "parse_answer"]
+
+# Shapes: L tokens of a sample, n images of a sample, P patches of all its images, merge**2 patches a token.
+
+Truncation = Literal["raise", "right"]
+
+IMAGE_TOKEN, END_TOKEN = "<|image_pad|>", "<|im_end|>"
+
+# No limit of our own: far above any image, and still exact as a float inside the processor's arithmetic.
+_UNLIMITED_PIXELS = 2**50
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded record.
+
+    Attributes:
+        record_id: `file:line`.
+        input_ids: (L,) int64.
+        supervised: (L,) bool; the tokens that carry loss. All False for a prompt.
+        image_tokens: (L,) bool; the places that image features fill.
+        position_ids: (3, L) int64; M-RoPE positions: time, height, width.
+        pixel_values: (P, channels * temporal patch * patch * patch) float32.
+        image_grid_thw: (n, 3) int64; patches in time, height, width.
+        domain: of the record.
+    """
+
+    record_id: str
+    input_ids: Tensor
+    supervised: Tensor
+    image_tokens: Tensor
+    position_ids: Tensor
+    pixel_values: Tensor
+    image_grid_thw: Tensor
+    domain: str | None
+
+
+def mrope_positions(image_tokens: Tensor, image_grid_thw: Tensor, merge_size: int) -> Tensor:
+    """Positions in time, height and width as Qwen3-VL counts them.
+
+    Text advances all three by one a token. An image's tokens share one time, spread over its merged grid in
+    height and width, and the text behind it goes on after the longer of its two sides.
+
+    Args:
+        image_tokens: (L,) bool.
+        image_grid_thw: (n, 3) patches; n is the number of runs of True above, times are 1.
+        merge_size: patches a side that make one token.
+
+    Returns:
+        (3, L) int64.
+    """
+    pieces: list[Tensor] = []
+    grids = iter((image_grid_thw[:, 1:] // merge_size).tolist())
+    start = 0
+    runs, lengths = torch.unique_consecutive(image_tokens, return_counts=True)
+    for is_image, length in zip(runs.tolist(), lengths.tolist(), strict=True):
+        if is_image:
+            height, width = next(grids)
+            index = torch.arange(length)
+            pieces.append(start + torch.stack([torch.zeros_like(index), index // width, index % width]))
+            start += max(height, width)
+        else:
+            pieces.append((start + torch.arange(length)).expand(3, -1))
+            start += length
+    return torch.cat(pieces, dim=1)
+
+
+class Encoder:
+    """Turns records into samples for one model, one wording and one frame of coordinates."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: Qwen2VLImageProcessorPil,
+        *,
+        scheme: Scheme,
+        language: Language,
+        emit_norm: EmitNorm,
+        taxonomy: Taxonomy | None,
+        max_length: int,
+        truncation: Truncation,
+        max_pixels: int | None,
+    ) -> None:
+        """Keep the parts and look once at the chat template.
+
+        Args:
+            tokenizer: with a Qwen3-VL chat template.
+            image_processor: its patch and merge sizes, mean and standard deviation are used, its size limits are not.
+            scheme: of the system prompt.
+            language: of the prompts.
+            emit_norm: frame of the coordinates.
+            taxonomy: quoted by scheme B.
+            max_length: tokens of a sample.
+            truncation: what happens to a longer one: `right` cuts the answer, `raise` is an error.
+            max_pixels: images above are scaled down to it; None never scales, beyond rounding the sides to
+                multiples of patch x merge.
+
+        Raises:
+            ModelError: the tokenizer has no chat template, or one whose answer does not follow the prompt directly.
+        """
+        self.emit_norm, self.max_length, self.truncation = emit_norm, max_length, truncation
+        self.image_processor = image_processor
+        self._tokenizer = tokenizer
+        self._language = language
+        self._system = system_prompt(scheme, language, emit_norm, taxonomy)
+        self._max_pixels = max_pixels or _UNLIMITED_PIXELS
+        self._merge = int(image_processor.merge_size)
+        self._factor = int(image_processor.patch_size) * self._merge
+        self._image_id, self._end_id = (_token_id(tokenizer, token) for token in (IMAGE_TOKEN, END_TOKEN))
+        self._prompts: dict[int, list[int]] = {}
+        self._check_template()
+
+    def length(self, record: Record) -> int:
+        """Tokens of the record's sample, without looking at its pixels; above `max_length` it cannot be encoded."""
+        prompt = self._prompt_length(record)
+        whole = prompt + len(self._answer_ids(record))
+        return whole if self.truncation == "raise" or prompt >= self.max_length else min(whole, self.max_length)
+
+    def problem(self, record: Record) -> str | None:
+        """Say why a record cannot be encoded (image too thin, too long), or None; pixels are not looked at."""
+        long, short = max(record.width, record.height), min(record.width, record.height)
+        if 2 * short <= self._factor or long > 200 * short:
+            return (
+                f": image of {record.width}x{record.height} pixels is too thin "
+                f"(sides above {self._factor // 2} pixels, at most 200 times as long as wide)"
+            )
+        prompt = self._prompt_length(record)
+        if prompt >= self.max_length:
+            return f": prompt and image alone take {prompt} tokens of {self.max_length}"
+        if (length := self.length(record)) > self.max_length:
+            return f": {length} tokens, more than {self.max_length}"
+        return None
+
+    def encode(self, record: Record) -> Sample:
+        """Encode prompt and answer; answer and its end mark are supervised.
+
+        Raises:
+            DataError: the record cannot be encoded, see `problem`, or its image has gone.
+        """
+        if found := self.problem(record):
+            raise DataError(
+                where=record.id,
+                got=found.removeprefix(": "),
+                allowed=f"at most {self.max_length} tokens (`global_max_length`)",
+                do="raise the limit, set `template.truncation_strategy: right`, or leave the record out",
+            )
+        return self._sample(record, self._answer_ids(record))
+
+    def prompt(self, record: Record) -> Sample:
+        """Encode the prompt alone, up to where the answer begins: for generation. Nothing is supervised."""
+        return self._sample(record, [])
+
+    def shown_size(self, record: Record) -> Size:
+        """(width, height) in pixels of the record's images as the model is shown them."""
+        height, width = smart_resize(
+            record.height, record.width, self._factor, min_pixels=self._factor**2, max_pixels=self._max_pixels
+        )
+        return width, height
+
+    def answer(self, record: Record) -> str:
+        """The answer text of a record, in this encoder's frame."""
+        return answer_text(record, self.emit_norm, self.shown_size(record))
+
+    def messages(self, record: Record) -> list[dict[str, Any]]:
+        """System and user message of a record, in the form that chat templates take."""
+        return self._messages(len(record.images))
+
+    def _messages(self, n_images: int) -> list[dict[str, Any]]:
+        images: list[dict[str, str]] = [{"type": "image"}] * n_images
+        request = {"type": "text", "text": user_prompt(self._language, n_images)}
+        return [{"role": "system", "content": self._system}, {"role": "user", "content": [*images, request]}]
+
+    def _check_template(self) -> None:
+        try:
+            prompt = self._render(self._messages(1), add_generation_prompt=True)
+            whole = self._render([*self._messages(1), {"role": "assistant", "content": "{}"}])
+        except Exception as error:  # noqa: BLE001  jinja and the tokenizer raise many types here
+            raise self._template_error(f"a chat template that fails: {error}") from error
+        if prompt.count(IMAGE_TOKEN) != 1 or not whole.startswith(f"{prompt}{{}}{END_TOKEN}"):
+            raise self._template_error(f"a chat template that renders {whole[-200:]!r}")
+
+    def _template_error(self, got: str) -> ModelError:
+        return ModelError(
+            where=f"tokenizer {self._tokenizer.name_or_path}",
+            got=got,
+            allowed=f"Qwen3-VL's: one {IMAGE_TOKEN} an image, the answer right after the prompt, then {END_TOKEN}",
+            do="use the tokenizer and chat template of a Qwen3-VL Instruct model",
+        )
+
+    def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+        text = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return str(text)
+
+    def _prompt_ids(self, n_images: int) -> list[int]:
+        """Token ids of the prompt with one image token an image; the same for all records, so made once."""
+        if n_images not in self._prompts:
+            text = self._render(self._messages(n_images), add_generation_prompt=True)
+            self._prompts[n_images] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._prompts[n_images]
+
+    def _prompt_length(self, record: Record) -> int:
+        width, height = self.shown_size(record)
+        n_images = len(record.images)
+        return len(self._prompt_ids(n_images)) + n_images * (width * height // self._factor**2 - 1)
+
+    def _answer_ids(self, record: Record) -> list[int]:
+        ids: list[int] = self._tokenizer(self.answer(record), add_special_tokens=False)["input_ids"]
+        return [*ids, self._end_id]
+
+    def _sample(self, record: Record, answer: list[int]) -> Sample:
+        pixel_values, grid = self._pixels(record)
+        per_image = iter((grid.prod(dim=1) // self._merge**2).tolist())
+        ids: list[int] = []
+        for token in self._prompt_ids(len(record.images)):
+            ids += [token] * (next(per_image) if token == self._image_id else 1)
+        n_prompt = len(ids)
+        input_ids = torch.tensor((ids + answer)[: max(n_prompt, self.max_length)])  # (L,)
+        image_tokens = input_ids == self._image_id
+        return Sample(
+            record_id=record.id,
+            input_ids=input_ids,
+            supervised=torch.arange(len(input_ids)) >= n_prompt,
+            image_tokens=image_tokens,
+            position_ids=mrope_positions(image_tokens, grid, self._merge),
+            pixel_values=pixel_values,
+            image_grid_thw=grid,
+            domain=record.domain,
+        )
+
+    def _pixels(self, record: Record) -> tuple[Tensor, Tensor]:
+        """Patches (P, patch numbers) float32 and grid (n, 3) of a record's images."""
+        images = [read_image(path) for path in record.images]
+        limits = {"shortest_edge": self._factor**2, "longest_edge": self._max_pixels}
+        features = self.image_processor(images=images, size=limits, return_tensors="pt")
+        return features["pixel_values"], features["image_grid_thw"]
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    if token not in tokenizer.get_vocab():
+        raise ModelError(
+            where=f"tokenizer {tokenizer.name_or_path}",
+            got=f"no token {token}",
+            allowed="the tokenizer of a Qwen3-VL model",
+            do="correct `model.model`",
+        )
+    return int(tokenizer.get_vocab()[token])
