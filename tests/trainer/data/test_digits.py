@@ -9,7 +9,7 @@ from PIL import Image
 
 from trainer.data import digits
 from trainer.data.digits import DOMAINS, INKS, WORDS, DigitsPaths, Look, ensure_digits
-from trainer.data.prompts import read_taxonomy
+from trainer.data.prompts import Taxonomy
 from trainer.data.records import read_records
 
 COUNTS = {"n_train": 30, "n_val": 12, "n_ood": 8}
@@ -88,7 +88,7 @@ def test_fourth_domain_is_shown_in_ood_only(paths: DigitsPaths, look: Look) -> N
 
 def test_desc_follows_the_taxonomy_and_the_geometry(paths: DigitsPaths) -> None:
     """Type, ink and size come from the taxonomy; rotated objects, and only those, have a quad."""
-    taxonomy = read_taxonomy(paths.taxonomy)
+    taxonomy = Taxonomy.read(paths.taxonomy)
     assert taxonomy.types == WORDS
     kinds = set()
     for record in read_records(paths.train).records:
