@@ -49,7 +49,7 @@ def write_adapter(model: PeftModel, folder: Path, facts: dict[str, Any]) -> int:
     aside, old = folder.with_name(folder.name + ".writing"), folder.with_name(folder.name + ".old")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    model.save_pretrained(aside, save_embedding_layers=False)
+    model.save_pretrained(str(aside), save_embedding_layers=False)
     (aside / "README.md").unlink(missing_ok=True)  # PEFT's model card template, nothing but placeholders
     files = sorted(p for p in aside.iterdir() if p.is_file())
     manifest = {**facts, "files": {p.name: {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}}

@@ -33,7 +33,7 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class RecordLosses:
-    """Summed loss and number of supervised tokens of each record of one evaluation set, in the order of `record_ids`."""
+    """Summed loss and number of supervised tokens of each record of one evaluation set, in the order of its ids."""
 
     record_ids: tuple[str, ...]
     domains: tuple[str | None, ...]

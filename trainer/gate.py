@@ -1,7 +1,7 @@
 """The training gate: proves in every run that exactly the planned tensors train, or stops the run and names the others.
 
-With gradient checkpointing in its re-entrant form a trainable block behind a frozen prefix gets no gradient and no error,
-while the loss still falls because aligner and LLM learn. The gate takes two looks:
+With gradient checkpointing in its re-entrant form a trainable block behind a frozen prefix gets no gradient and no
+error, while the loss still falls because aligner and LLM learn. The gate takes two looks:
 
 1. at the gradients before the first update: every trained tensor has a finite, non-zero gradient, no frozen one has any
    (LoRA's A stands behind a B that starts at zero, so it is looked at before the second update);
@@ -106,7 +106,7 @@ class Gate:
         return Verdict.PASSED if complete else Verdict.OPEN
 
     def report(self) -> dict[str, Any]:
-        """The numbers behind the verdict, for the run's artifact: norms are of the first gradient and the whole update."""
+        """The numbers behind the verdict: norms of each tensor's first gradient, and of its whole update so far."""
         return {
             "verdict": self.verdict.value,
             "weights_looked_at_after_step": self._last_look,

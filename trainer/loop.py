@@ -153,7 +153,7 @@ def evaluate(parts: Parts, batches: Iterable[Batch]) -> RecordLosses:
         nll = token_losses(parts, batch).double()
         ids += batch.record_ids
         domains += batch.domains
-        sums += [chunk.sum().item() for chunk in nll.split(per_record)]
+        sums += [chunk.sum().item() for chunk in torch.split(nll, per_record)]
         counts += per_record
     return RecordLosses(tuple(ids), tuple(domains), tuple(sums), tuple(counts))
 
@@ -206,7 +206,7 @@ def _stop_if_not_finite(
 ) -> None:
     """A non-finite loss or gradient stops the run before the update, naming where it came from."""
     for index, (batch, nll) in enumerate(zip(micro_batches, losses, strict=True)):
-        chunks = nll.split(batch.supervised.sum(dim=1).tolist())
+        chunks = torch.split(nll, batch.supervised.sum(dim=1).tolist())
         bad = [i for i, chunk in zip(batch.record_ids, chunks, strict=True) if not torch.isfinite(chunk).all()]
         if bad:
             raise TrainingStopped(
@@ -220,4 +220,3 @@ def _stop_if_not_finite(
             f"The gradient of {', '.join(bad_parts)} is not finite at step {step} (records {records}). "
             "Nothing was updated. Lower the learning rates or max_grad_norm."
         )
-

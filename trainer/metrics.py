@@ -1,4 +1,4 @@
-"""Turns the loop's events into metric rows: averages, smoothing, gaps, best-so-far. Plain numbers, no torch, no MLflow."""
+"""Turns the loop's events into metric rows: averages, smoothing, gaps, best-so-far. No torch, no MLflow."""
 
 import math
 import statistics
@@ -146,7 +146,7 @@ class Meter:
 
 
 def vision_gain(losses: Mapping[str, RecordLosses]) -> float:
-    """Loss with images exchanged minus loss with the right ones, over the records of the exchanged set, nats per token."""
+    """Loss with images exchanged minus loss with the right ones, over the exchanged records, nats per token."""
     exchanged, right = losses["exchanged_images"], losses["eval"]
     own = dict(zip(right.record_ids, right.loss_sums, strict=True))
     right_sum = sum(own[record_id] for record_id in exchanged.record_ids)

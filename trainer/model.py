@@ -1,7 +1,7 @@
-"""Loads or builds a Qwen3-VL, applies a parameter plan to it through PEFT, and proves that the model now is the plan."""
+"""Loads or builds a Qwen3-VL, applies a parameter plan through PEFT, and proves that the model now is the plan."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,9 @@ _ADAPTER = "default"
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
-    """A base model with what turns text and pixels into its inputs."""
+class Tools:
+    """What turns text and pixels into a model's inputs."""
 
-    model: Qwen3VLForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
     image_processor: Qwen2VLImageProcessorPil
 
@@ -61,7 +60,7 @@ def folder_of(model: str) -> Path:
 
     try:
         return Path(snapshot_download(model))
-    except Exception as error:  # the hub raises a dozen kinds, all of which mean: not to be had
+    except Exception as error:  # noqa: BLE001  the hub raises a dozen kinds, all of which mean: not to be had
         raise ModelError(
             "model.model",
             f"{model!r}, which is no folder, and the hub says: {str(error).splitlines()[0]}",
@@ -96,11 +95,30 @@ def parameter_shapes(model: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in empty.named_parameters()}
 
 
-def load_base(model: str, *, dtype: torch.dtype, attn_impl: str, seed: int) -> Base:
-    """Load a model with its tokenizer and image processor, or initialise one at random.
+def load_tools(model: str) -> Tools:
+    """Tokenizer and image processor of a model; a `random:SIZE` borrows those of pocket.
+
+    The image processor is Pillow's variant always: the fast one needs torchvision, and pixels must not depend on what
+    happens to be installed.
+
+    Raises:
+        ModelError: they cannot be found or read.
+    """
+    folder = folder_of(model)
+    try:
+        return Tools(AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder))
+    except (OSError, ValueError, ImportError) as error:
+        raise _unreadable(folder, error) from None
+
+
+def load_model(
+    model: str, tools: Tools, *, dtype: torch.dtype, attn_impl: str, seed: int
+) -> Qwen3VLForConditionalGeneration:
+    """Load a model's weights, or initialise one at random.
 
     Args:
         model: `pocket`, `random:SIZE`, a folder in Hugging Face layout, or a hub id.
+        tools: of the same model; a random one takes its image and video token ids from the tokenizer.
         dtype: of the weights in memory.
         attn_impl: transformers' name of the attention implementation.
         seed: of a random initialisation.
@@ -108,24 +126,32 @@ def load_base(model: str, *, dtype: torch.dtype, attn_impl: str, seed: int) -> B
     Raises:
         ModelError: it cannot be found or read.
     """
-    config = read_config(model)
-    folder = folder_of(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if model.startswith("random:"):
-            for kind in ("image", "video"):  # the ids of the tokenizer at hand, not those of Qwen's own
-                setattr(config, f"{kind}_token_id", tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>"))
-            torch.manual_seed(seed)
-            loaded = Qwen3VLForConditionalGeneration._from_config(config, attn_implementation=attn_impl, dtype=dtype)
-        else:
-            loaded = Qwen3VLForConditionalGeneration.from_pretrained(
-                folder, dtype=dtype, attn_implementation=attn_impl
-            )
+        if not model.startswith("random:"):
+            return _loaded(folder_of(model), dtype, attn_impl)
+        config = read_config(model)
+        for kind in ("image", "video"):
+            setattr(config, f"{kind}_token_id", tools.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>"))
+        torch.manual_seed(seed)
+        build: Callable[..., Qwen3VLForConditionalGeneration] = Qwen3VLForConditionalGeneration._from_config
+        return build(config, attn_implementation=attn_impl, dtype=dtype)
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(
-            "model.model", f"{folder}: {str(error).splitlines()[0]}", "a complete checkpoint", "check the folder"
-        ) from None
-    return Base(loaded, tokenizer, Qwen2VLImageProcessorPil.from_pretrained(folder))
+        raise _unreadable(folder_of(model), error) from None
+
+
+def _loaded(folder: Path, dtype: torch.dtype, attn_impl: str) -> Qwen3VLForConditionalGeneration:
+    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attn_impl)
+    assert isinstance(model, Qwen3VLForConditionalGeneration)  # noqa: S101  # with output_loading_info it is a pair
+    return model
+
+
+def _unreadable(folder: Path, error: Exception) -> ModelError:
+    return ModelError(
+        "model.model",
+        f"{folder}: {str(error).splitlines()[0]}",
+        "a complete checkpoint in Hugging Face layout (config, safetensors, tokenizer, preprocessor_config.json)",
+        "check the folder",
+    )
 
 
 def apply_plan(model: Qwen3VLForConditionalGeneration, plan: ParameterPlan, *, seed: int) -> PeftModel:
@@ -215,7 +241,7 @@ class SupervisedLoss(nn.Module):
         Returns:
             (number of supervised tokens,) float32, nats, row by row.
         """
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         hidden = base.model(**inputs, use_cache=False).last_hidden_state  # (B, L, D)
         targets = inputs["input_ids"][:, 1:][supervised[:, 1:]]  # (T,)
         logits = base.lm_head(hidden[:, :-1][supervised[:, 1:]])  # (T, vocabulary)

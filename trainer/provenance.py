@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint import file_sha256
+from trainer.model import folder_of
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "mlflow", "numpy", "pillow", "safetensors")
 DIGEST_LENGTH = 32
@@ -36,6 +37,13 @@ def files_digest(files: Iterable[Path]) -> str:
     with ThreadPoolExecutor() as pool:
         parts = list(pool.map(file_sha256, files))
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:DIGEST_LENGTH]
+
+
+def base_digest(model: str, seed: int) -> str:
+    """Digest of the base weights: of their files, or of what a random initialisation is drawn from."""
+    if model.startswith("random:"):
+        return text_digest([model, seed])
+    return files_digest(sorted(folder_of(model).glob("*.safetensors")))
 
 
 def text_digest(value: Any) -> str:

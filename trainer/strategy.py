@@ -1,7 +1,7 @@
 """Turns a strategy into ordered rules over full parameter names, and the rules into a plan for every tensor.
 
-Needs only names and shapes: no torch, no weights. The rules are matched with `re.fullmatch`, the first match wins, a rule
-that hits nothing is an error, and every tensor of the model gets exactly one entry in the plan.
+Needs only names and shapes: no torch, no weights. The rules are matched with `re.fullmatch`, the first match wins, a
+rule that hits nothing is an error, and every tensor of the model gets exactly one entry in the plan.
 """
 
 import math
@@ -101,6 +101,11 @@ class PlannedTensor:
     """The pattern that caught it."""
 
     @property
+    def size(self) -> int:
+        """Number of elements of the base tensor."""
+        return math.prod(self.shape)
+
+    @property
     def module(self) -> str:
         """The module that PEFT wraps for it: the linear layer for LoRA, the whole block, layer or merger for full."""
         if self.method is Method.FULL:
@@ -127,18 +132,18 @@ class ParameterPlan:
         return tuple(dict.fromkeys(t.module for t in self.tensors if t.method is method))
 
     def trainable_parameters(self) -> dict[str, int]:
-        """Number of trainable parameters of each part, and their `total`; LoRA on (out, in) counts rank * (out + in)."""
+        """Trainable parameters of each part, and their `total`; LoRA on (out, in) counts rank * (out + in)."""
         counts = {part.value: 0 for part in Part}
         for tensor in self.trained():
             if tensor.method is Method.LORA:
                 counts[tensor.part] += self.lora.rank * sum(tensor.shape)
             else:
-                counts[tensor.part] += math.prod(tensor.shape)
+                counts[tensor.part] += tensor.size
         return {**counts, "total": sum(counts.values())}
 
     def total_parameters(self) -> int:
         """Number of parameters of the base model."""
-        return sum(math.prod(t.shape) for t in self.tensors)
+        return sum(t.size for t in self.tensors)
 
     def by_rule(self) -> list[tuple[Part, Rule, tuple[PlannedTensor, ...]]]:
         """The tensors grouped by (part, rule), trained ones first: the rows of a table."""

@@ -121,7 +121,6 @@ def open_run(*, run_name: str, parent_run_id: str | None = None) -> MlflowTracke
         active = mlflow.active_run()
         if adopted and active is None:
             client.update_run(adopted, name=run_name)
-            client.set_terminated(adopted, "RUNNING")
             return MlflowTracker(client, adopted)
         parent = parent_run_id or (active.info.run_id if active else None)
         experiment_id = active.info.experiment_id if active else _experiment_id(client)

@@ -1,0 +1,58 @@
+# Two commands on a fresh machine: `make last6_lora` trains and ends with its result, `make test` runs the tests.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXPERIMENT := stage_3_vision_comparison
+ARGS ?=
+
+# torch comes first and pinned: where a local build of it lies, pip must take that one and nothing may pull another.
+TORCH := torch==2.13.0
+
+STRATEGIES := last6_lora last6_full all_lora all_full frozen_vision
+
+.PHONY: help setup setup-dev test test-slow test-environment check format ui pocket_base $(STRATEGIES)
+
+help:
+	@echo "make last6_lora     train a strategy (also: $(filter-out last6_lora,$(STRATEGIES))); ARGS='-P seed=18' passes more"
+	@echo "make ui             open the MLflow UI on what was trained"
+	@echo "make test           set up and run the tests      make check   ruff, format, mypy"
+	@echo "make pocket_base    train the built-in base model again (about an hour on two cores)"
+
+setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
+
+$(VENV)/.installed: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --group dev
+	@touch $@
+
+$(STRATEGIES) pocket_base: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" mlflow run . -e $@ --env-manager local --experiment-name $(EXPERIMENT) $(ARGS)
+
+ui: setup
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+
+test: setup-dev
+	$(BIN)/python -m pytest
+
+test-slow: setup-dev
+	$(BIN)/python -m pytest -m slow
+
+test-environment: setup-dev
+	$(BIN)/python -m pytest -m environment
+
+check: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

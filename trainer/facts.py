@@ -1,0 +1,127 @@
+"""What is written to MLflow about a run beside its metric rows: params, tags, datasets, description, artifacts."""
+
+import io
+import json
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer import names, provenance
+from trainer.build import Budget, Data
+from trainer.checkpoint import MANIFEST
+from trainer.config.resolved import Resolved
+from trainer.data.records import RecordSet
+from trainer.events import CheckpointSaved, EvalDone
+from trainer.gate import Gate
+from trainer.generation import Caption
+from trainer.model import TrainedTensor
+from trainer.strategy import ParameterPlan
+from trainer.tracking import Tracker
+
+
+def log_start(
+    tracker: Tracker,
+    resolved: Resolved,
+    plan: ParameterPlan,
+    data: Data,
+    budget: Budget,
+    trained: Iterable[TrainedTensor],
+) -> None:
+    """All that is known before the first step."""
+    config = resolved.config
+    digests = {part: data_digest(records) for part, records in (("train", data.train), ("val", data.val))}
+    tracker.tags(
+        {
+            names.TAG_STRATEGY: resolved.name,
+            names.TAG_SEED: str(config.training.seed),
+            names.TAG_PROFILE: resolved.profile or "none",
+            names.TAG_GATE: "open",
+            names.TAG_CODE_VERSION: provenance.code_version(),
+            names.TAG_TRAIN_DIGEST: digests["train"],
+            names.TAG_VAL_DIGEST: digests["val"],
+            names.TAG_BASE_DIGEST: provenance.base_digest(config.model.model, config.training.seed),
+        }
+    )
+    dtypes = {t.part.value: str(t.parameter.dtype).removeprefix("torch.") for t in trained}
+    tracker.params(
+        {
+            **resolved.params(),
+            **{names.TRAINABLE_PARAMETERS + key: str(count) for key, count in plan.trainable_parameters().items()},
+            **{names.DTYPE + part: dtype for part, dtype in dtypes.items()},
+            names.VISION_BLOCKS: json.dumps(plan.vision_blocks),
+            names.EFFECTIVE_BATCH_PACKS: str(budget.effective_batch),
+            names.IMAGE_PROCESSOR: "Qwen2VLImageProcessorPil",
+        }
+    )
+    tracker.dataset("train", digests["train"], str(data.train.path), "train")
+    tracker.dataset("val", digests["val"], str(data.val.path), "validation")
+    if data.ood is not None:
+        tracker.dataset("ood", data_digest(data.ood), str(data.ood.path), "out_of_domain")
+    tracker.text(resolved.to_yaml(), names.ARTIFACT_CONFIG)
+    tracker.text(json.dumps(plan_table(plan), indent=1), names.ARTIFACT_PLAN)
+    tracker.text(json.dumps(provenance.environment(), indent=1), names.ARTIFACT_ENVIRONMENT)
+
+
+def log_gate(tracker: Tracker, gate: Gate) -> None:
+    """The gate's verdict and the numbers behind it."""
+    tracker.tags({names.TAG_GATE: gate.verdict.value})
+    tracker.text(json.dumps(gate.report(), indent=1), names.ARTIFACT_GATE)
+
+
+def log_end(tracker: Tracker, evaluations: Mapping[str, EvalDone], checkpoints: Mapping[str, CheckpointSaved]) -> None:
+    """Per-record losses of the best and the last evaluation, and the manifests of the checkpoints."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / names.ARTIFACT_RECORD_LOSSES
+        path.write_bytes(record_losses_parquet(evaluations))
+        tracker.file(path)
+    manifests = {
+        kind: {"path": saved.path, **json.loads((Path(saved.path) / MANIFEST).read_text(encoding="utf-8"))}
+        for kind, saved in checkpoints.items()
+        if (Path(saved.path) / MANIFEST).is_file()
+    }
+    tracker.text(json.dumps(manifests, indent=1), names.ARTIFACT_CHECKPOINTS)
+
+
+def captions_text(captions: Iterable[Caption]) -> str:
+    """Generated captions beside the truth, one JSON object a line."""
+    return "".join(json.dumps(asdict(caption), ensure_ascii=False) + "\n" for caption in captions)
+
+
+def record_losses_parquet(evaluations: Mapping[str, EvalDone]) -> bytes:
+    """One row per evaluation (`best`, `last`), set and record: summed loss in nats, number of supervised tokens."""
+    rows: dict[str, list[Any]] = {key: [] for key in ("at", "step", "set", "record_id", "domain", "loss_sum", "tokens")}
+    for at, evaluation in evaluations.items():
+        for set_name, losses in evaluation.losses.items():
+            count = len(losses.record_ids)
+            rows["at"] += [at] * count
+            rows["step"] += [evaluation.seen.step] * count
+            rows["set"] += [set_name] * count
+            rows["record_id"] += losses.record_ids
+            rows["domain"] += losses.domains
+            rows["loss_sum"] += losses.loss_sums
+            rows["tokens"] += losses.token_counts
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(rows), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def data_digest(records: RecordSet) -> str:
+    """Digest of a JSONL file and all images it names, in order: 32 hex characters."""
+    images = dict.fromkeys(image for record in records.records for image in record.images)
+    return provenance.files_digest([records.path, *images])
+
+
+def plan_table(plan: ParameterPlan) -> dict[str, Any]:
+    """The plan as data: counts, and every tensor with part, method and the rule that caught it."""
+    return {
+        "vision_blocks": plan.vision_blocks,
+        "trainable_parameters": plan.trainable_parameters(),
+        "total_parameters": plan.total_parameters(),
+        "lora": asdict(plan.lora),
+        "tensors": [asdict(tensor) for tensor in plan.tensors],
+    }

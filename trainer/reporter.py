@@ -1,0 +1,70 @@
+"""Passes every event on: to metric rows, from there to MLflow and the display; keeps what the end of a run needs."""
+
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import torch
+
+from trainer import names
+from trainer.display import Display
+from trainer.events import CheckpointSaved, EvalDone, Event, StepDone
+from trainer.metrics import Meter
+from trainer.tracking import Tracker
+
+
+class Reporter:
+    """The `emit` of one run."""
+
+    def __init__(self, tracker: Tracker, meter: Meter, display: Display) -> None:
+        """Report to a tracker and a display."""
+        self._tracker, self._meter, self._display = tracker, meter, display
+        self._process = psutil.Process()
+        self._process.cpu_percent()  # the first call starts the clock and returns 0
+        self.latest: dict[str, float] = {}
+        """Last value of every metric."""
+        self.evaluations: dict[str, EvalDone] = {}
+        """The evaluation with the lowest eval loss (`best`) and the last one (`last`)."""
+        self.checkpoints: dict[str, CheckpointSaved] = {}
+        """Kind -> the newest checkpoint of that kind."""
+
+    def __call__(self, event: Event) -> None:
+        """Take the next event."""
+        row = self._meter.rows(event)
+        if row and isinstance(event, StepDone):
+            row |= self._measured()
+        if row:
+            self.log(row, event.seen.step)
+        match event:
+            case EvalDone():
+                self.evaluations["last"] = event
+                if row[names.BEST_STEP] == event.seen.step:
+                    self.evaluations["best"] = event
+            case CheckpointSaved():
+                self.checkpoints[event.kind] = event
+        self._display.event(event, row)
+
+    def log(self, row: Mapping[str, float], step: int) -> None:
+        """Log a row that no event brings, such as the scores of generated captions."""
+        self.latest.update(row)
+        self._tracker.metrics(row, step)
+
+    def checkpoint_folder(self, kind: str) -> Path | None:
+        """Where the newest checkpoint of a kind is; None when there is none."""
+        saved = self.checkpoints.get(kind)
+        return Path(saved.path) if saved else None
+
+    def _measured(self) -> dict[str, float]:
+        return {
+            names.PEAK_MEMORY: float(peak_memory()),
+            names.CPU_PERCENT: self._process.cpu_percent(),
+            names.MEMORY_BYTES: float(self._process.memory_info().rss),
+        }
+
+
+def peak_memory() -> int:
+    """Most memory in use at once so far, bytes: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

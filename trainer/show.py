@@ -1,0 +1,109 @@
+"""Prints what a run would do (`trainer plan`) and what a run has done, for people."""
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer import build, names
+from trainer.config.resolved import Resolved
+from trainer.data.template import Encoder
+from trainer.model import load_tools, parameter_shapes
+from trainer.optim import Schedule
+from trainer.run import Outcome
+from trainer.strategy import Method, ParameterPlan, make_plan
+from trainer.tracking import tracking_uri, without_password
+
+
+def show_plan(resolved: Resolved, console: Console | None = None) -> None:
+    """Resolve everything short of loading weights, and print it.
+
+    Raises:
+        UserError: whatever `trainer run` would refuse.
+    """
+    console = console or Console(highlight=False, soft_wrap=True)
+    build.refuse_unbuilt(resolved)
+    config = resolved.config
+    shapes = parameter_shapes(config.model.model)
+    plan = make_plan(build.strategy_from(config), shapes, origins=resolved.origins)
+    data = build.read_data(config)
+    tools = load_tools(config.model.model)
+    encoder = build.make_encoder(config, tools, data.taxonomy)
+    data = build.check_lengths(config, data, encoder)
+    budget = build.budget_from(config, len(data.train.records))
+
+    console.print(f"[bold]{resolved.name}[/bold]  profile {resolved.profile or 'none'}\n")
+    for line in resolved.lines():
+        console.print(line, markup=False)
+    console.print()
+    for line in _plan_lines(plan, build.schedule_from(config, budget), config.training.weight_decay):
+        console.print(line, markup=False)
+    counts = plan.trainable_parameters()
+    console.print(
+        f"trainable {counts['total']:,} of {plan.total_parameters():,} parameters "
+        f"({100 * counts['total'] / plan.total_parameters():.2f} %); vision blocks {_span(plan.vision_blocks)}\n"
+    )
+    for line in _budget_lines(budget, data, encoder):
+        console.print(line, markup=False)
+
+
+def show_outcome(outcome: Outcome, console: Console | None = None) -> None:
+    """Print the result of a run, and how to look at it."""
+    console = console or Console(highlight=False, soft_wrap=True)
+    latest = outcome.metrics
+    table = Table(title="result", show_header=False, title_justify="left")
+    rows = {
+        "eval loss, final": names.EVAL_LOSS,
+        "eval loss, best": names.BEST_LOSS,
+        "  at step": names.BEST_STEP,
+        "train loss, smoothed": names.TRAIN_LOSS_SMOOTHED,
+        "generalization gap": names.GAP,
+        "generalization gap, clean": names.GAP_CLEAN,
+        "vision gain": names.VISION_GAIN,
+        "out-of-domain loss": names.OOD_LOSS,
+        "F1, final": names.F1,
+    }
+    for word, key in rows.items():
+        if key in latest:
+            table.add_row(word, f"{latest[key]:g}" if key == names.BEST_STEP else f"{latest[key]:.4f}")
+    table.add_row("training gate", outcome.gate)
+    console.print(table)
+    uri = tracking_uri()
+    console.print(f"run {outcome.run_id} in {without_password(uri)}, checkpoints in {outcome.output}", markup=False)
+    where = f"mlflow ui --backend-store-uri {without_password(uri)}" if "://" in uri and "http" not in uri else uri
+    console.print(f"look at it: {where}", markup=False)
+
+
+def _plan_lines(plan: ParameterPlan, schedule: Schedule, weight_decay: float) -> list[str]:
+    """One row for each part and rule, the rule itself below it: patterns are too long for a column."""
+    lines = [f"{'part':<9}{'method':<8}{'tensors':>8}{'parameters':>14}  {'peak LR':<10}{'weight decay':<20}"]
+    for part, rule, tensors in plan.by_rule():
+        lora = rule.method is Method.LORA
+        parameters = sum(plan.lora.rank * sum(t.shape) if lora else t.size for t in tensors)
+        trained = rule.method is not Method.FROZEN
+        rate = f"{schedule.peaks[part.value]:g}" if trained else "-"
+        decay = f"{weight_decay:g}, matrices only" if trained else "-"
+        lines.append(f"{part:<9}{rule.method:<8}{len(tensors):>8}{parameters:>14,}  {rate:<10}{decay:<20}")
+        lines.append(f"         {rule.pattern}")
+    return lines
+
+
+def _budget_lines(budget: build.Budget, data: build.Data, encoder: Encoder) -> list[str]:
+    lengths = [encoder.length(record) for record in data.train.records]
+    mean = sum(lengths) / len(lengths)
+    batch = budget.effective_batch
+    others = f"{len(data.val.records)} validation" + (f", {len(data.ood.records)} out of domain" if data.ood else "")
+    return [
+        f"samples          {budget.samples} training, {others}; "
+        f"{mean:.0f} tokens on average, {max(lengths)} at most (limit {encoder.max_length})",
+        f"packs            {budget.samples} (no packing: one sample each)",
+        f"effective batch  {budget.micro_batch} a micro-batch x {budget.accumulation} accumulated x 1 rank "
+        f"= {batch} samples; x {mean:.0f} tokens = {batch * mean:,.0f} tokens",
+        f"optimizer steps  ceil({budget.samples} / {batch}) = {budget.steps_per_epoch} an epoch; "
+        f"{budget.total_steps} in all, of which {budget.warmup_steps} warm-up",
+    ]
+
+
+def _span(indices: tuple[int, ...]) -> str:
+    if not indices:
+        return "none"
+    contiguous = indices == tuple(range(indices[0], indices[-1] + 1))
+    return f"{indices[0]}-{indices[-1]}" if contiguous else ",".join(map(str, indices))
