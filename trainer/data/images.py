@@ -46,11 +46,11 @@ def _image_size(path: Path) -> Size | str:
             width, height = image.size
             sideways = image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
             kind = image.format
-            # Pillow's verify() walks a PNG's checksums and does nothing for other formats.
-            if kind == "PNG":
-                image.verify()
-            elif kind != "JPEG" or not _has_jpeg_end(path):
+            if kind != "PNG" and (kind != "JPEG" or not _has_jpeg_end(path)):
                 image.load()
+        if kind == "PNG":
+            with Image.open(path) as image:
+                image.verify()  # walks a PNG's checksums; must come directly after open, and does nothing elsewhere
     except FileNotFoundError:
         return "no such file"
     except Exception as error:  # noqa: BLE001  Pillow's readers raise nearly any type on a broken file

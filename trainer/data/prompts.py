@@ -28,6 +28,36 @@ class Taxonomy:
     attributes: tuple[tuple[str, tuple[str, ...]], ...] = ()
     rules: tuple[str, ...] = ()
 
+    @classmethod
+    def read(cls, path: Path) -> "Taxonomy":
+        """Read a YAML map with `types` (list), `attributes` (name: list of values) and `rules` (list).
+
+        Args:
+            path: the YAML file; keys that are left out count as empty.
+
+        Returns:
+            The taxonomy, in the order of the file.
+
+        Raises:
+            DataError: the file is missing, not YAML, or not of that form.
+        """
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise _taxonomy_error(path, f"cannot be read: {error}") from error
+        if not isinstance(tree, dict):
+            raise _taxonomy_error(path, f"a {type(tree).__name__} where a map is needed")
+        if unknown := set(tree) - {"types", "attributes", "rules"}:
+            raise _taxonomy_error(path, f"unknown keys: {', '.join(sorted(map(str, unknown)))}")
+        attributes = tree.get("attributes") or {}
+        if not isinstance(attributes, dict):
+            raise _taxonomy_error(path, "`attributes` is not a map")
+        return cls(
+            types=_texts(path, "types", tree.get("types")),
+            attributes=tuple((str(key), _texts(path, f"attributes.{key}", each)) for key, each in attributes.items()),
+            rules=_texts(path, "rules", tree.get("rules")),
+        )
+
 
 @dataclass(frozen=True)
 class _Words:
@@ -123,35 +153,6 @@ def user_prompt(language: Language, n_images: int = 1) -> str:
     """The request that follows the images of one sample, without chat tokens."""
     words = _WORDS[language]
     return words.user_one if n_images == 1 else words.user_many.format(n=n_images)
-
-
-def read_taxonomy(path: Path) -> Taxonomy:
-    """Read a taxonomy: a YAML map with `types` (list), `attributes` (name: list of values), `rules` (list).
-
-    Args:
-        path: the YAML file; keys that are left out count as empty.
-
-    Returns:
-        The taxonomy, in the order of the file.
-
-    Raises:
-        DataError: the file is missing, not YAML, or not of that form.
-    """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _taxonomy_error(path, f"cannot be read: {error}") from error
-    if not isinstance(tree, dict) or (unknown := set(tree) - {"types", "attributes", "rules"}):
-        got = f"unknown keys {sorted(map(str, unknown))}" if isinstance(tree, dict) else f"a {type(tree).__name__}"
-        raise _taxonomy_error(path, got)
-    attributes = tree.get("attributes") or {}
-    if not isinstance(attributes, dict):
-        raise _taxonomy_error(path, "`attributes` is not a map")
-    return Taxonomy(
-        types=_texts(path, "types", tree.get("types")),
-        attributes=tuple((str(name), _texts(path, f"attributes.{name}", each)) for name, each in attributes.items()),
-        rules=_texts(path, "rules", tree.get("rules")),
-    )
 
 
 def _taxonomy_lines(taxonomy: Taxonomy, words: _Words) -> list[str]:

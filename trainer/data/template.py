@@ -116,6 +116,7 @@ class Encoder:
             ModelError: the tokenizer has no chat template, or one whose answer does not follow the prompt directly.
         """
         self.emit_norm, self.max_length, self.truncation = emit_norm, max_length, truncation
+        self.pad_id = _token_id(tokenizer, str(tokenizer.pad_token or END_TOKEN))
         self.image_processor = image_processor
         self._tokenizer = tokenizer
         self._language = language
