@@ -58,7 +58,6 @@ def _check_span(section: str, key: str, span: str, method: Method) -> None:
             f"{key} {span} with method {method}",
             f"{key} none with method frozen, or other {key} with method lora or full",
             f"set {section}.{key} and {section}.method together",
-            "method",
         )
 
 

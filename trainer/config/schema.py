@@ -10,9 +10,6 @@ from pydantic import Field, JsonValue, model_validator
 from trainer.config.fields import Count, CountOrZero, Impossible, Pixels, Rate, Section, Share
 from trainer.config.parts import RAW_STRATEGY_KEYS, Strategy, Tuner
 
-MODEL_SIZES = ("2b", "4b", "8b", "32b")
-"""The public Qwen3-VL sizes that `model.model: random:SIZE` can build without weights."""
-
 
 class Model(Section):
     """Which base model, and how its numbers and its attention are computed."""
@@ -168,7 +165,7 @@ class AugmentationOp(Section):
 
     name: OpName
     """Which operation."""
-    params: dict[str, JsonValue] = {}
+    params: dict[str, JsonValue] = Field(default_factory=dict)
     """Its parameters by name; `prob` is the share of samples that it changes."""
 
 

@@ -1,0 +1,16 @@
+"""Keys of existing files that have no effect here, each with the reason a user is told."""
+
+NO_EFFECT: dict[str, str] = {
+    "tuner.use_swift_lora": "adapters are PEFT's own",
+    "training.add_version": "every run has a folder of its own",
+    "training.load_best_model_at_end": "the adapters at the best and at the last step are both kept",
+    "training.logging_dir": "metrics go to MLflow",
+    "training.report_to": "metrics go to MLflow",
+    "training.save_safetensors": "adapters are always written as safetensors",
+    "data.dataset": "records come from custom.train_jsonl",
+    "data.eval_dataset": "records come from custom.val_jsonl",
+}
+"""Dotted key -> why it changes nothing. A value that would change what a run does belongs in the schema instead."""
+
+ONE_LENGTH_KNOB = "global_max_length takes its place"
+"""Why `template.max_length` has no effect where both are given."""
