@@ -29,7 +29,7 @@ class Schedule:
         """
         peak = self.peaks[part]
         if step <= self.warmup_steps:
-            return peak * step / self.warmup_steps
+            return peak * (step / self.warmup_steps)
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         return self.floor + (peak - self.floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 

@@ -1,0 +1,239 @@
+"""The loop: token-exact loss over any layout, reproducible, frozen stays frozen, and it stops before harm is done."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ARMS, MakeParts, tiny_batch
+from trainer.data.loader import Batch
+from trainer.errors import TrainingStopped
+from trainer.events import CheckpointSaved, EvalDone, Event, GateLooked, Seen, StepDone
+from trainer.loop import Cadence, EvalSet, Parts, derived_seed, evaluate, fit, train_step
+
+LENGTHS = (7, 12, 20, 9)
+
+
+def rows(batch: Batch, indices: list[int]) -> Batch:
+    """Some samples of a batch of equal images, as a batch of their own, padded no further than needed."""
+    keep = torch.tensor(indices)
+    length = int(batch.attention_mask[keep].sum(1).max())
+    patches = batch.pixel_values.view(batch.n_samples, -1, batch.pixel_values.shape[-1])[keep]
+    return Batch(
+        tuple(batch.record_ids[i] for i in indices),
+        tuple(batch.domains[i] for i in indices),
+        batch.input_ids[keep, :length],
+        batch.attention_mask[keep, :length],
+        batch.supervised[keep, :length],
+        batch.position_ids[:, keep, :length],
+        patches.reshape(-1, patches.shape[-1]),
+        batch.image_grid_thw[keep],
+    )
+
+
+def gradients_of_one_step(parts: Parts, micro_batches: list[Batch]) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients of one optimizer step, caught before clipping and update."""
+    caught: list[torch.Tensor] = []
+
+    def catch(step: int) -> None:
+        caught.extend(t.parameter.grad.clone() for t in parts.trained if t.parameter.grad is not None)
+
+    parts.gate.before_update = catch  # type: ignore[method-assign]
+    return train_step(parts, micro_batches, 1).loss, caught
+
+
+@pytest.mark.parametrize("layout", [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[0, 1, 2], [3]]], ids=str)
+def test_any_layout_of_a_step_gives_the_same_loss_and_gradients(make_parts: MakeParts, layout: list[list[int]]) -> None:
+    """1x4 = 2x2 = 3+1 = 4x1 at dropout 0, with unequal token counts: loss to 1e-6, every gradient to 1e-5 relative."""
+    whole = tiny_batch(LENGTHS)
+    loss, reference = gradients_of_one_step(make_parts(), [whole])
+    other_loss, other = gradients_of_one_step(make_parts(), [rows(whole, indices) for indices in layout])
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    for a, b in zip(reference, other, strict=True):
+        assert (a - b).norm() <= 1e-5 * a.norm()
+
+
+def test_the_loss_of_a_step_is_the_sum_over_tokens_divided_by_their_number(make_parts: MakeParts) -> None:
+    """Against transformers' own mean over the labels of the whole step in one piece."""
+    parts, batch = make_parts(), tiny_batch(LENGTHS)
+    labels = batch.input_ids.masked_fill(~batch.supervised, -100)
+    with torch.no_grad():
+        expected = parts.model.model(**batch.model_inputs(), labels=labels).loss.item()
+    done = train_step(parts, [rows(batch, [0, 1, 2]), rows(batch, [3])], 1)
+    assert done.loss == pytest.approx(expected, rel=1e-6)
+    assert done.supervised_tokens == batch.n_supervised
+
+
+def run_fit(parts: Parts, tmp: Path, total: int = 4, **cadence: object) -> list[Event]:
+    """Fit on two micro-batches a step, and return all events."""
+    events: list[Event] = []
+    steps = ([tiny_batch([8, 9], seed=2 * i), tiny_batch([6], seed=2 * i + 1)] for i in itertools.count())
+    held_out = [tiny_batch([8, 10, 7], seed=1000)]
+
+    def save(seen: Seen, kind: str) -> CheckpointSaved:
+        return CheckpointSaved(seen, kind, str(tmp / kind), 1)
+
+    settings = {"eval_steps": frozenset({0, 2}), "save_best_from": 1} | cadence
+    timing = Cadence(total_steps=total, steps_per_epoch=2, **settings)  # type: ignore[arg-type]
+    sets = {"eval": EvalSet(lambda: held_out), "probe": EvalSet(lambda: held_out, every=2)}
+    fit(parts, steps, sets, timing, save, events.append)
+    return events
+
+
+def test_events_come_in_a_fixed_order(make_parts: MakeParts, tmp_path: Path) -> None:
+    """Evaluate, save, step; the gate looks after the update it waits for; best and last are saved at the end."""
+    events = run_fit(make_parts(), tmp_path)
+    told = [(type(e).__name__ + getattr(e, "kind", ""), e.seen.step) for e in events]
+    assert told == [
+        ("EvalDone", 0),
+        ("StepDone", 1),
+        ("GateLooked", 2),
+        ("StepDone", 2),
+        ("EvalDone", 2),
+        ("CheckpointSavedbest", 2),
+        ("StepDone", 3),
+        ("StepDone", 4),
+        ("EvalDone", 4),
+        ("CheckpointSavedbest", 4),
+        ("CheckpointSavedlast", 4),
+    ]
+
+
+def test_a_set_with_an_interval_is_evaluated_at_every_kth_evaluation_and_the_last(
+    make_parts: MakeParts, tmp_path: Path
+) -> None:
+    """Every second of three evaluations is the first and the third."""
+    sets = [set(e.losses) for e in run_fit(make_parts(), tmp_path) if isinstance(e, EvalDone)]
+    assert sets == [{"eval", "probe"}, {"eval"}, {"eval", "probe"}]
+    five = run_fit(make_parts(), tmp_path, eval_steps=frozenset({0, 1, 2, 3}))
+    assert ["probe" in e.losses for e in five if isinstance(e, EvalDone)] == [True, False, True, False, True]
+
+
+def test_best_is_saved_only_when_better_and_not_before_its_first_step(make_parts: MakeParts, tmp_path: Path) -> None:
+    """With a rate too high to learn anything nothing is better than the start, which is too early to save."""
+    parts = make_parts(learning_rate=1e-2)
+    events = run_fit(parts, tmp_path, save_best_from=3)
+    assert [e.seen.step for e in events if isinstance(e, CheckpointSaved) and e.kind == "best"] == [4]
+
+
+def test_checkpoints_are_saved_at_the_steps_that_are_due(make_parts: MakeParts, tmp_path: Path) -> None:
+    """`step-N` at its steps, `last` at the end, no `best` when none is asked for."""
+    events = run_fit(make_parts(), tmp_path, save_steps=frozenset({1, 3}), save_best_from=None)
+    assert [e.kind for e in events if isinstance(e, CheckpointSaved)] == ["step-1", "step-3", "last"]
+
+
+def test_counters_add_up(make_parts: MakeParts, tmp_path: Path) -> None:
+    """Three samples a step; padding counts nowhere."""
+    last = [e for e in run_fit(make_parts(), tmp_path) if isinstance(e, StepDone)][-1].seen
+    assert (last.step, last.samples, last.epoch) == (4, 12, 2.0)
+    assert last.tokens == 4 * (8 + 9 + 6 + 3 * 2)
+    assert last.supervised_tokens == 4 * (4 + 4 + 3)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_after_training_exactly_the_planned_tensors_differ(make_parts: MakeParts, arm: str, tmp_path: Path) -> None:
+    """Frozen means bit-identical, without gradient and without optimizer state."""
+    parts = make_parts(arm)
+    before = {name: p.detach().clone() for name, p in parts.model.named_parameters()}
+    run_fit(parts, tmp_path, total=3)
+    changed = {name for name, p in parts.model.named_parameters() if not torch.equal(p, before[name])}
+    assert {name.removeprefix("model.") for name in changed} == {t.name for t in parts.trained}
+    assert all(p.grad is None for p in parts.model.parameters() if not p.requires_grad)
+    assert len(parts.optimizer.state) == len(parts.trained)
+
+
+def test_the_same_seed_twice_is_bit_identical(make_parts: MakeParts, tmp_path: Path) -> None:
+    """Losses, norms and weights, dropout on; and another seed is another run."""
+
+    def once(seed: int) -> tuple[list[object], list[torch.Tensor]]:
+        parts = replace(make_parts("all_lora", dropout=0.1), seed=seed)
+        torch.rand(seed)  # a disturbed global generator must not matter
+        events = run_fit(parts, tmp_path)
+        numbers = [(e.loss, e.grad_norms) if isinstance(e, StepDone) else e.losses for e in events
+                   if isinstance(e, StepDone | EvalDone)]  # fmt: skip
+        return numbers, [t.parameter.detach() for t in parts.trained]
+
+    (first, weights), (second, again), (other, _) = once(17), once(17), once(18)
+    assert first == second
+    assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
+    assert first != other
+
+
+def test_evaluation_neither_changes_the_model_nor_what_is_trained_after_it(
+    make_parts: MakeParts, tmp_path: Path
+) -> None:
+    """With an evaluation before every step and with none, the same losses come out, dropout on."""
+
+    def losses(**cadence: object) -> list[float]:
+        events = run_fit(make_parts(dropout=0.1), tmp_path, **cadence)
+        return [e.loss for e in events if isinstance(e, StepDone)]
+
+    assert losses(eval_steps=frozenset(range(4))) == losses(eval_steps=frozenset())
+
+
+def test_evaluation_gives_each_records_sum_whatever_the_batches(make_parts: MakeParts) -> None:
+    """In eval mode, dropout on in training: three batches of one record equal one of three."""
+    parts, batch = make_parts(dropout=0.5), tiny_batch(LENGTHS)
+    whole = evaluate(parts, [batch])
+    single = evaluate(parts, [rows(batch, [i]) for i in range(4)])
+    assert whole.record_ids == single.record_ids
+    assert whole.token_counts == tuple(batch.supervised.sum(1).tolist())
+    assert whole.loss_sums == pytest.approx(single.loss_sums, rel=1e-5)  # float32 sums in other shapes
+
+
+def poisoned(batch: Batch, record: int) -> Batch:
+    """The batch with one record's image turned to NaN."""
+    pixels = batch.pixel_values.clone().view(batch.n_samples, -1)
+    pixels[record] = torch.nan
+    return replace(batch, pixel_values=pixels.view_as(batch.pixel_values))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_its_records(make_parts: MakeParts) -> None:
+    """Step, micro-batch and record; the weights are those of before."""
+    parts = make_parts()
+    before = [t.parameter.detach().clone() for t in parts.trained]
+    batches = [tiny_batch([8, 9]), poisoned(tiny_batch([8, 9], seed=7), 1)]
+    with pytest.raises(TrainingStopped, match=r"step 3, micro-batch 1, in the records toy\.jsonl:701\."):
+        train_step(parts, batches, 3)
+    assert all(torch.equal(t.parameter, b) for t, b in zip(parts.trained, before, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_part(make_parts: MakeParts) -> None:
+    """A finite loss can have an infinite gradient."""
+    parts = make_parts()
+    before = [t.parameter.detach().clone() for t in parts.trained]
+    victim = next(t for t in parts.trained if t.part == "aligner")
+    victim.parameter.register_hook(lambda g: g * torch.inf)
+    with pytest.raises(TrainingStopped, match=r"gradient of aligner is not finite at step 2 .*toy\.jsonl:0"):
+        train_step(parts, [tiny_batch([8])], 2)
+    assert all(torch.equal(t.parameter, b) for t, b in zip(parts.trained, before, strict=True))
+
+
+def test_clipping_scales_the_whole_gradient_to_the_limit_and_norms_are_those_before(make_parts: MakeParts) -> None:
+    """A limit of 1e-3 against the same step without one: same direction, and the reported norm is unchanged."""
+    free, tight = replace(make_parts(), max_grad_norm=1e9), replace(make_parts(), max_grad_norm=1e-3)
+    seen: list[list[torch.Tensor]] = []
+    for parts in (free, tight):
+        parts.optimizer.step = lambda p=parts: seen.append([t.parameter.grad.clone() for t in p.trained])  # type: ignore
+    norms = [train_step(parts, [tiny_batch([8])], 1).grad_norms for parts in (free, tight)]
+    assert norms[0] == norms[1]
+    total = torch.sqrt(sum((g**2).sum() for g in seen[0]))
+    assert norms[0]["total"] == pytest.approx(total.item(), rel=1e-5)
+    for a, b in zip(*seen, strict=True):
+        torch.testing.assert_close(b, a * (1e-3 / total), rtol=1e-4, atol=0)  # the guard of 1e-6 in the divisor
+
+
+def test_each_purpose_has_its_own_stream() -> None:
+    """Equal arguments, equal seeds; one different argument, another stream."""
+    assert derived_seed(17, "dropout", 1, 0, 0) == derived_seed(17, "dropout", 1, 0, 0)
+    others = {derived_seed(17, "dropout", s, m, r) for s in range(5) for m in range(5) for r in range(5)}
+    assert len(others) == 125
+    assert derived_seed(17, "dropout", 11, 0) != derived_seed(17, "dropout", 1, 10)
+
+
+def test_the_gate_speaks_through_an_event(make_parts: MakeParts, tmp_path: Path) -> None:
+    """Once, after the step that it waits for."""
+    events = run_fit(make_parts(last_look=3), tmp_path)
+    assert [e.seen.step for e in events if isinstance(e, GateLooked)] == [3]
