@@ -29,10 +29,10 @@ _WORDS = {
     "model_type": ("a map of keys", "put its keys below it, indented"),
     "dict_type": ("a map of keys", "put its keys below it, indented"),
     "missing": ("a value for this key", "add the key"),
-    "greater_than": ("more than {gt:g}", "correct the value"),
-    "greater_than_equal": ("at least {ge:g}", "correct the value"),
-    "less_than": ("less than {lt:g}", "correct the value"),
-    "less_than_equal": ("at most {le:g}", "correct the value"),
+    "greater_than": ("more than {gt:.10g}", "correct the value"),
+    "greater_than_equal": ("at least {ge:.10g}", "correct the value"),
+    "less_than": ("less than {lt:.10g}", "correct the value"),
+    "less_than_equal": ("at most {le:.10g}", "correct the value"),
 }
 
 
@@ -89,7 +89,7 @@ def unknown_key(origin: str, dotted: str, section: type[Section]) -> Problem:
         guess = f"{parent}.{sibling}" if parent else sibling
     else:
         other = nearest(name, anywhere)
-        guess = anywhere[other] if other else nearest(dotted, all_keys())
+        guess = anywhere[other] if other else None
     keys = list(section.model_fields)
     listed = ", ".join(keys[:_LISTED_KEYS]) + (" ..." if len(keys) > _LISTED_KEYS else "")
     return Problem(

@@ -30,10 +30,13 @@ def shown_path(path: Path) -> str:
     Args:
         path: an absolute path.
     """
-    for root, prefix in ((experiments_dir(), "experiments/"), (Path.cwd(), "")):
-        if path.is_relative_to(root):
-            return prefix + path.relative_to(root).as_posix()
-    return str(path)
+    shipped, here = experiments_dir(), Path.cwd()
+    if path.is_relative_to(shipped):
+        return "experiments/" + path.relative_to(shipped).as_posix()
+    if not path.is_relative_to(here):
+        return str(path)
+    name = path.relative_to(here).as_posix()
+    return "./" + name if name.startswith("experiments/") else name  # never the name of a shipped file
 
 
 def find_config(config: str | Path) -> Path:
@@ -124,7 +127,7 @@ def resolve(key: str, value: str, folder: Path, where: str) -> str | Problem:
 def _resolve_model(value: str, tried: Sequence[Path], where: str) -> str | Problem:
     """Return a base model's folder as an absolute path, and its other forms as they are."""
     sizes = [f"random:{size}" for size in MODEL_SIZES]
-    if value.lower() in ("pocket", *sizes):
+    if value.lower() in ("", "pocket", *sizes):  # the schema refuses the empty one
         return value.lower()
     for path in tried:
         if _is_folder(path):

@@ -44,6 +44,14 @@ class Writer(yaml.SafeDumper):
         return True
 
 
+def _text(writer: Writer, text: str) -> yaml.ScalarNode:
+    # PyYAML writes these line breaks of Unicode as they are, and then reads them as spaces: escape them.
+    style = '"' if re.search("[\x85\u2028\u2029\ufeff]", text) else None
+    return writer.represent_scalar(_TAG + "str", text, style=style)
+
+
+Writer.add_representer(str, _text)
+
 for _yaml in (Reader, Writer):
     _yaml.yaml_implicit_resolvers = {
         first: [(tag, regexp) for tag, regexp in rules if tag.removeprefix(_TAG) not in ("int", "float", "timestamp")]
@@ -254,7 +262,8 @@ class _Walk:
                 raise ValueError
             return _SCALARS[kind](text)
         except (KeyError, ValueError):
-            got = f"{shown(text)[:60]} with the tag {source.tag}" if isinstance(source, yaml.ScalarNode) else source.tag
+            what = shown(text)[:60] if isinstance(source, yaml.ScalarNode) else f"a {_kind_of(source)}"
+            got = f"{what} with the tag {source.tag}"
             self.problems.append(
                 Problem(f"{place}: {key}", got, "text, numbers, true, false, null, lists and maps", "write it plainly")
             )
@@ -266,7 +275,9 @@ def _boolean(text: str) -> bool:
 
 
 def _kind_of(node: yaml.Node) -> str:
-    return node.tag.rpartition(":")[2] if not isinstance(node, yaml.ScalarNode) else "plain value"
+    if isinstance(node, yaml.ScalarNode):
+        return "plain value"
+    return "list" if isinstance(node, yaml.SequenceNode) else "map"
 
 
 _SCALARS: dict[str, Callable[[str], Plain]] = {
