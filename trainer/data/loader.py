@@ -117,6 +117,7 @@ class SampleSet(Dataset[Sample]):
 
         Raises:
             DataError: it cannot be encoded.
+            OSError: its image has gone.
         """
         if index in self._cache:
             return self._cache[index]

@@ -116,7 +116,8 @@ class Encoder:
             ModelError: the tokenizer has no chat template, or one whose answer does not follow the prompt directly.
         """
         self.emit_norm, self.max_length, self.truncation = emit_norm, max_length, truncation
-        self.pad_id = _token_id(tokenizer, str(tokenizer.pad_token or END_TOKEN))
+        ids = [_token_id(tokenizer, token) for token in (IMAGE_TOKEN, END_TOKEN, tokenizer.pad_token or END_TOKEN)]
+        self._image_id, self._end_id, self.pad_id = ids
         self.image_processor = image_processor
         self._tokenizer = tokenizer
         self._language = language
@@ -124,7 +125,6 @@ class Encoder:
         self._max_pixels = max_pixels or _UNLIMITED_PIXELS
         self._merge = int(image_processor.merge_size)
         self._factor = int(image_processor.patch_size) * self._merge
-        self._image_id, self._end_id = (_token_id(tokenizer, token) for token in (IMAGE_TOKEN, END_TOKEN))
         self._prompts: dict[int, list[int]] = {}
         self._check_template()
 
@@ -153,7 +153,8 @@ class Encoder:
         """Encode prompt and answer; answer and its end mark are supervised.
 
         Raises:
-            DataError: the record cannot be encoded, see `problem`, or its image has gone.
+            DataError: the record cannot be encoded, see `problem`.
+            OSError: its image has gone since the records were checked.
         """
         if found := self.problem(record):
             raise DataError(
@@ -192,7 +193,7 @@ class Encoder:
         try:
             prompt = self._render(self._messages(1), add_generation_prompt=True)
             whole = self._render([*self._messages(1), {"role": "assistant", "content": "{}"}])
-        except Exception as error:  # noqa: BLE001  jinja and the tokenizer raise many types here
+        except Exception as error:  # jinja and the tokenizer raise many types here
             raise self._template_error(f"a chat template that fails: {error}") from error
         if prompt.count(IMAGE_TOKEN) != 1 or not whole.startswith(f"{prompt}{{}}{END_TOKEN}"):
             raise self._template_error(f"a chat template that renders {whole[-200:]!r}")
@@ -256,11 +257,13 @@ class Encoder:
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    if token not in tokenizer.get_vocab():
+    found = tokenizer.convert_tokens_to_ids(token)
+    # A token that is not there may come back as the one for unknown text.
+    if not isinstance(found, int) or tokenizer.convert_ids_to_tokens(found) != token:
         raise ModelError(
             where=f"tokenizer {tokenizer.name_or_path}",
             got=f"no token {token}",
             allowed="the tokenizer of a Qwen3-VL model",
             do="correct `model.model`",
         )
-    return int(tokenizer.get_vocab()[token])
+    return found
