@@ -1,11 +1,13 @@
 """Turns sections of the configuration into the values and objects that everything below takes: where config stops."""
 
+import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from trainer.config.problems import Problem, place, raise_if_any
 from trainer.config.resolved import Resolved
 from trainer.config.schema import Config
 from trainer.data import loader
@@ -15,7 +17,6 @@ from trainer.data.loader import SampleSet, collate, eval_batches, steps_per_epoc
 from trainer.data.prompts import Taxonomy
 from trainer.data.records import Record, RecordSet, read_records
 from trainer.data.template import Encoder
-from trainer.errors import ConfigError
 from trainer.loop import Cadence, EvalSet
 from trainer.model import Tools
 from trainer.optim import Schedule
@@ -66,28 +67,29 @@ def refuse_unbuilt(resolved: Resolved) -> None:
     """Refuse settings that the schema knows and this version cannot do; better now than a run that ignores them.
 
     Raises:
-        ConfigError: naming the first such setting.
+        ConfigError: naming every such setting.
     """
     config = resolved.config
+    training, augmentation = config.training, config.custom.augmentation
     unbuilt = {
-        "training.packing": config.training.packing,
-        "deepspeed.enabled": config.deepspeed.enabled,
-        "launch.nproc": config.launch.nproc > 1,
-        "custom.augmentation.enabled": config.custom.augmentation.enabled,
-        "custom.images_per_user_turn": config.custom.images_per_user_turn > 1,
-        "training.early_stopping_patience": config.training.early_stopping_patience is not None,
-        "strategy": config.strategy is None,
+        "training.packing": (training.packing, "false"),
+        "training.early_stopping_patience": (training.early_stopping_patience is not None, "null"),
+        "deepspeed.enabled": (config.deepspeed.enabled, "false"),
+        "launch.nproc": (config.launch.nproc > 1, "1"),
+        "custom.augmentation.enabled": (augmentation.enabled, "false"),
+        "custom.images_per_user_turn": (config.custom.images_per_user_turn > 1, "1"),
+        **{f"tuner.{key}": (True, "a strategy section instead") for key in config.raw_strategy},
     }
-    for key, asked in unbuilt.items():
-        if asked:
-            what = f"tuner.{config.raw_strategy[0]}" if key == "strategy" else key
-            origin = resolved.origins.get(what, "the configuration")
-            raise ConfigError(
-                f"{origin}: {what}",
-                "a setting that this version does not have yet",
-                "a strategy section" if key == "strategy" else "false, 1 or null",
-                f"write a strategy section instead of {what}" if key == "strategy" else f"override it: -P {key}=...",
-            )
+    raise_if_any(
+        Problem(
+            place(resolved.origins[key], key),
+            json.dumps(resolved.params()[key]),
+            f"{allowed} (this version has nothing else yet)",
+            "write a strategy section" if key.startswith("tuner.") else f"override it: -P {key}={allowed}",
+        )
+        for key, (asked, allowed) in unbuilt.items()
+        if asked
+    )
 
 
 def strategy_from(config: Config) -> Strategy:

@@ -16,6 +16,7 @@ from trainer.build import Budget, Data
 from trainer.checkpoint import MANIFEST
 from trainer.config.resolved import Resolved
 from trainer.data.records import RecordSet
+from trainer.data.template import Encoder
 from trainer.events import CheckpointSaved, EvalDone
 from trainer.gate import Gate
 from trainer.generation import Caption
@@ -29,6 +30,7 @@ def log_start(
     resolved: Resolved,
     plan: ParameterPlan,
     data: Data,
+    encoder: Encoder,
     budget: Budget,
     trained: Iterable[TrainedTensor],
 ) -> None:
@@ -63,6 +65,8 @@ def log_start(
     if data.ood is not None:
         tracker.dataset("ood", data_digest(data.ood), str(data.ood.path), "out_of_domain")
     tracker.text(resolved.to_yaml(), names.ARTIFACT_CONFIG)
+    if config.custom.dump_conversation_text:
+        tracker.text(encoder.conversation(data.train.records[0]), names.ARTIFACT_CONVERSATION)
     tracker.text(json.dumps(plan_table(plan), indent=1), names.ARTIFACT_PLAN)
     tracker.text(json.dumps(provenance.environment(), indent=1), names.ARTIFACT_ENVIRONMENT)
 

@@ -102,7 +102,7 @@ def run(resolved: Resolved) -> Outcome:
 
     with open_run(run_name=run_name) as tracker, Display(budget.total_steps) as display:
         output = Path(training.output_dir) / f"{run_name}-{tracker.run_id[:8]}"
-        facts.log_start(tracker, resolved, plan, data, budget, trained)
+        facts.log_start(tracker, resolved, plan, data, encoder, budget, trained)
         reporter = Reporter(tracker, meter, display)
         try:
             fit(

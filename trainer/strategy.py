@@ -217,7 +217,8 @@ def rules_for(strategy: Strategy, shapes: Shapes, *, origins: Mapping[str, str] 
     """
 
     def where(key: str) -> str:
-        return f"{(origins or {}).get(key, 'the strategy')}: {key}"
+        origin = (origins or {}).get(key)
+        return f"-P {key}" if origin == "-P" else f"{origin}: {key}" if origin else key
 
     blocks = resolve_blocks(
         strategy.vision.blocks, depth(shapes, _BLOCK), where=where("strategy.vision.blocks"), noun="vision blocks"

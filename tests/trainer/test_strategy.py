@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ARMS, strategy
+from tests.conftest import ARMS
 from trainer.architectures import SIZES
+from trainer.build import strategy_from
+from trainer.config.load import load
 from trainer.errors import StrategyError
 from trainer.model import parameter_shapes
 from trainer.strategy import (
@@ -170,19 +172,20 @@ def summary(of: ParameterPlan) -> dict[str, object]:
     return {"blocks": list(of.vision_blocks), "trainable": of.trainable_parameters(), "rules": rows}
 
 
+def shipped_plan(arm: str, size: str) -> ParameterPlan:
+    """The plan of `experiments/ARM.yaml` on a released size."""
+    return make_plan(strategy_from(load(arm).config), parameter_shapes(f"random:{size}"))
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("arm", ARMS)
 def test_the_plan_of_every_arm_on_every_released_size_is_the_golden_one(arm: str, size: str) -> None:
-    """2B, 4B, 8B and 32B on the meta device; `python -m tests.trainer.test_strategy` writes the table anew."""
+    """The shipped files on 2B, 4B, 8B and 32B (meta device); `python -m tests.trainer.test_strategy` writes it anew."""
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    made = summary(make_plan(strategy(arm), parameter_shapes(f"random:{size}")))
-    assert made == golden[size][arm]
+    assert summary(shipped_plan(arm, size)) == golden[size][arm]
 
 
 if __name__ == "__main__":
-    table = {
-        size: {arm: summary(make_plan(strategy(arm), parameter_shapes(f"random:{size}"))) for arm in ARMS}
-        for size in SIZES
-    }
+    table = {size: {arm: summary(shipped_plan(arm, size)) for arm in ARMS} for size in SIZES}
     GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

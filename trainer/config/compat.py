@@ -9,6 +9,8 @@ NO_EFFECT: dict[str, str] = {
     "training.save_safetensors": "adapters are always written as safetensors",
     "data.dataset": "records come from custom.train_jsonl",
     "data.eval_dataset": "records come from custom.val_jsonl",
+    "data.dataset_num_proc": "records are read and checked by threads",
+    "data.dataloader_pin_memory": "batches are small beside a step and are copied as they are",
 }
 """Dotted key -> why it changes nothing. A value that would change what a run does belongs in the schema instead."""
 

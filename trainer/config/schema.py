@@ -136,12 +136,8 @@ class Training(Section):
 class Data(Section):
     """Processes that prepare samples."""
 
-    dataset_num_proc: Count = 1
-    """Processes that read and check the JSONL files."""
     dataloader_num_workers: CountOrZero = 0
     """Processes that encode samples beside the training process; 0: the training process does it."""
-    dataloader_pin_memory: bool = False
-    """Whether batches are put in page-locked memory on their way to a GPU."""
 
 
 class Deepspeed(Section):

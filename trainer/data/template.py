@@ -184,6 +184,11 @@ class Encoder:
         """System and user message of a record, in the form that chat templates take."""
         return self._messages(len(record.images))
 
+    def conversation(self, record: Record) -> str:
+        """The whole conversation of a record as the chat template writes it, to look at: one image token an image."""
+        answer = {"role": "assistant", "content": self.answer(record)}
+        return self._render([*self.messages(record), answer])
+
     def _messages(self, n_images: int) -> list[dict[str, Any]]:
         images: list[dict[str, str]] = [{"type": "image"}] * n_images
         request = {"type": "text", "text": user_prompt(self._language, n_images)}
