@@ -1,9 +1,11 @@
 """Command line of the trainer: `python -m trainer COMMAND`; turns our errors into one message and an exit status."""
 
 import logging
+import math
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from types import FrameType
@@ -13,7 +15,11 @@ import click
 
 from trainer.errors import TrainingStopped, UserError
 
-EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 3, 130, 143
+EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 3, 130
+
+_SAME_WISH_SECONDS = 5.0
+"""Signals that follow the first so soon ask for the same thing: under `mlflow run`, Ctrl-C reaches us from the terminal
+and again from MLflow, and must not interrupt the closing of the run."""
 
 _EXTRA = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -56,12 +62,22 @@ def cli() -> None:
 @_config_options
 def run(context: click.Context, config: str, profile: str | None, **short: str | None) -> None:
     """Train one configuration and log it to MLflow."""
-    resolved = _resolve(context, config, profile, short)
-    _quiet_libraries()
-    from trainer import run as root  # imports torch and MLflow: only after the configuration is known to be right
-    from trainer.show import show_outcome
+    try:
+        resolved = _resolve(context, config, profile, short)
+        _quiet_libraries()
+        from trainer import tracking  # MLflow and torch are imported only after the configuration is known to be right
 
-    show_outcome(root.run(resolved))
+        tracking.reach_store()
+        from trainer import run as root
+        from trainer.show import show_outcome
+
+        show_outcome(root.run(resolved))
+    except BaseException as error:
+        if os.environ.get("MLFLOW_RUN_ID"):
+            from trainer.tracking import abandon
+
+            abandon(error)
+        raise
 
 
 @cli.command(context_settings=_EXTRA, epilog=_OVERRIDES_HELP)
@@ -108,24 +124,39 @@ def _overrides(arguments: list[str]) -> dict[str, str]:
 
 def _quiet_libraries() -> None:
     """Silence what libraries say about themselves; what a user must know, we say."""
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    for name in ("mlflow", "alembic", "DeepSpeed"):
+    for name in ("alembic", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # theirs
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(EXIT_TERMINATED)
+def _stop_on_signals() -> None:
+    """Turn Ctrl-C, termination and a closed terminal into exceptions, so that a run is closed as what it is."""
+    asked = -math.inf
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        before, asked = asked, time.monotonic()
+        if asked - before < _SAME_WISH_SECONDS:
+            return
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell that keeps Ctrl-C from its background
+            signal.signal(number, stop)
 
 
 def main() -> NoReturn:
     """Run a command; the exit status says how it ended."""
-    signal.signal(signal.SIGTERM, _terminate)
+    _stop_on_signals()
     try:
         cli(prog_name="python -m trainer", standalone_mode=False)
         sys.exit(0)

@@ -5,8 +5,9 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,15 @@ DIGEST_LENGTH = 32
 
 
 def code_version(folder: Path | None = None) -> str:
-    """The commit of the checkout that holds this package, `-dirty` when files differ from it; else the version."""
+    """The commit of the checkout that holds this package, `-dirty` when files differ from it; else the version.
+
+    Args:
+        folder: the checkout; by default the one around this file. A repository that merely lies around an installed
+            package, whose files it does not track, is none.
+    """
     folder = folder or Path(__file__).resolve().parents[1]
     try:
+        _git(folder, "ls-files", "--error-unmatch", "trainer/provenance.py")
         commit = _git(folder, "rev-parse", "HEAD")
         return commit + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
@@ -57,13 +64,19 @@ def environment() -> dict[str, Any]:
 
     cuda = torch.cuda.is_available()
     return {
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": dict(_installed()),
         "python": platform.python_version(),
         "system": platform.platform(),
         "processors": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
     }
+
+
+def _installed() -> Iterator[tuple[str, str]]:
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            yield name, metadata.version(name)
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -1,24 +1,31 @@
 """The one door to MLflow: opens or adopts a run, takes params, tags, metric rows and artifacts, and closes it truly."""
 
 import os
+import re
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.utils import create_sqlalchemy_engine
+from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
+from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
+from sqlalchemy.exc import SQLAlchemyError
 
 from trainer import names
-from trainer.errors import TrackingError
+from trainer.errors import TrackingError, UserError
 
 _PARAMS_A_CALL, _PARAM_LENGTH = 100, 6000  # MLflow's own limits
+_SECRET = re.compile(r"(?i)([?&][^=&]*(?:pass|pwd|token|secret)[^=&]*=)[^&#]*")
 
 
 class Tracker(Protocol):
@@ -32,6 +39,9 @@ class Tracker(Protocol):
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags."""
+
+    def description(self, markdown: str) -> None:
+        """Set the run's description, which the MLflow UI renders."""
 
     def text(self, content: str, artifact: str) -> None:
         """Store a text as an artifact."""
@@ -94,45 +104,73 @@ class MlflowTracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the run as what it was: FINISHED, KILLED when interrupted, FAILED (with the traceback) otherwise."""
-        if error is None:
-            self._client.set_terminated(self.run_id, "FINISHED")
-        elif isinstance(error, KeyboardInterrupt | SystemExit):
-            self._client.set_terminated(self.run_id, "KILLED")
-        else:
-            self.text("".join(traceback.format_exception(kind, error, trace)), names.ARTIFACT_TRACEBACK)
-            self._client.set_terminated(self.run_id, "FAILED")
+        status = _status_after(error)
+        with _short_patience() if error else nullcontext():
+            try:
+                if status == "FAILED":
+                    self.text("".join(traceback.format_exception(kind, error, trace)), names.ARTIFACT_TRACEBACK)
+            finally:  # whatever became of the artifact
+                self._client.set_terminated(self.run_id, status)
 
 
 def open_run(*, run_name: str, parent_run_id: str | None = None) -> MlflowTracker:
     """Adopt the run that `mlflow run` has made for us, or make one; nested inside an active or named parent.
 
     Args:
-        run_name: for the MLflow UI; an adopted run that `mlflow run` named at random gets it too.
+        run_name: for the MLflow UI; an adopted run takes it too, unless the user named that one.
         parent_run_id: the run to hang a new one under.
 
     Raises:
         TrackingError: the store is a file store, or cannot be used.
     """
-    uri = tracking_uri()
-    try:
+    uri = reach_store()
+    with _told(uri):
         mlflow.set_tracking_uri(uri)
         client = MlflowClient(uri)
-        adopted = os.environ.get("MLFLOW_RUN_ID")
         active = mlflow.active_run()
-        if adopted and active is None:
-            client.update_run(adopted, name=run_name)
-            return MlflowTracker(client, adopted)
-        parent = parent_run_id or (active.info.run_id if active else None)
-        experiment_id = active.info.experiment_id if active else _experiment_id(client)
-        tags = {MLFLOW_RUN_NAME: run_name} | ({MLFLOW_PARENT_RUN_ID: parent} if parent else {})
-        return MlflowTracker(client, client.create_run(experiment_id, tags=tags).info.run_id)
-    except MlflowException as error:
-        raise TrackingError(
-            f"MLFLOW_TRACKING_URI ({without_password(uri)})",
-            str(error).splitlines()[0],
-            "a database (sqlite:///mlflow.db, postgresql://...) or a running MLflow server (http://...)",
-            "start the server or correct MLFLOW_TRACKING_URI",
-        ) from None
+        adopted = os.environ.get("MLFLOW_RUN_ID")
+        if adopted and active is None and parent_run_id is None:
+            return MlflowTracker(client, _adopt(client, adopted, run_name))
+        parent = client.get_run(parent_run_id) if parent_run_id else active
+        experiment_id = parent.info.experiment_id if parent else _experiment_id(client)
+        tags = {MLFLOW_RUN_NAME: run_name} | ({MLFLOW_PARENT_RUN_ID: parent.info.run_id} if parent else {})
+        return MlflowTracker(client, client.create_run(experiment_id, tags=resolve_tags(tags)).info.run_id)
+
+
+def reach_store() -> str:
+    """The store in use, after one look whether it is there at all.
+
+    Left alone, MLflow tries to reach a server for four minutes and a database for two. That is right in the middle of
+    a training, and too long for somebody who has mistyped an address.
+
+    Raises:
+        TrackingError: the store is a file store, or not to be had.
+    """
+    uri = _without_credentials(tracking_uri())
+    with _told(uri), _short_patience():
+        if urlsplit(uri).scheme in ("http", "https"):
+            MlflowClient(uri).search_experiments(max_results=1)
+        elif urlsplit(uri).scheme.partition("+")[0] in ("postgresql", "mysql", "mssql", "sqlite"):
+            path = Path(unquote(uri.partition("///")[2].partition("?")[0]))
+            if not uri.startswith("sqlite") or path.is_file():  # MLflow makes a SQLite file that is not there
+                create_sqlalchemy_engine(uri).connect().close()  # type: ignore[no-untyped-call]  # MLflow's own
+    return uri
+
+
+def abandon(error: BaseException) -> None:
+    """Close the run that `mlflow run` has made for us when a mistake or an interrupt came before `open_run`.
+
+    The reason becomes the run's description. Does nothing where there is no such run or it has ended already, and
+    raises nothing: `error` is what matters.
+    """
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    if not run_id:
+        return
+    with suppress(Exception), _short_patience():
+        client = MlflowClient(_without_credentials(tracking_uri()))
+        if not RunStatus.is_terminated(RunStatus.from_string(client.get_run(run_id).info.status)):
+            client.set_tag(run_id, MLFLOW_RUN_NOTE, f"Ended before training: {type(error).__name__}\n```\n{error}\n```")
+            client.set_terminated(run_id, _status_after(error))
 
 
 def tracking_uri() -> str:
@@ -142,7 +180,7 @@ def tracking_uri() -> str:
         TrackingError: it is a file store, which MLflow has deprecated and on which replay is not safe.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or names.DEFAULT_TRACKING_URI
-    if urlsplit(uri).scheme in ("", "file"):
+    if urlsplit(uri).scheme in ("", "file") and uri != "databricks":
         raise TrackingError(
             "MLFLOW_TRACKING_URI",
             f"{uri}, a file store",
@@ -154,22 +192,103 @@ def tracking_uri() -> str:
 
 def without_password(uri: str) -> str:
     """A URI that can be shown: user and password, where it has them, are left out."""
+    netloc = urlsplit(uri).netloc
+    return _SECRET.sub(r"\1***", uri.replace(netloc, netloc.rpartition("@")[2], 1) if "@" in netloc else uri)
+
+
+def _without_credentials(uri: str) -> str:
+    """A server's URI without user and password, which go where MLflow takes them from without ever showing them."""
     parts = urlsplit(uri)
-    return uri.replace(parts.netloc, parts.netloc.rpartition("@")[2], 1) if "@" in parts.netloc else uri
+    if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
+        return uri
+    os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(parts.username or ""))
+    os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password or ""))
+    return without_password(uri)
+
+
+@contextmanager
+def _short_patience() -> Iterator[None]:
+    """MLflow's requests give up after about twenty seconds, unless the user has said how long to try."""
+    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}
+    changed = {name: value for name, value in short.items() if name not in os.environ}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name in changed:
+            del os.environ[name]
+
+
+@contextmanager
+def _told(uri: str) -> Iterator[None]:
+    """Whatever keeps a store from being used becomes one message without passwords."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (MlflowException, SQLAlchemyError, ImportError, OSError, ValueError) as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0].replace(uri, without_password(uri))
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI ({without_password(uri)})",
+            text,
+            "a database (sqlite:///mlflow.db, postgresql://...) or a running MLflow server (http://...)",
+            "start the server or correct MLFLOW_TRACKING_URI",
+        ) from None
+
+
+def _adopt(client: MlflowClient, run_id: str, run_name: str) -> str:
+    """Take over a run that was made for us.
+
+    Raises:
+        TrackingError: it has ended already, so that its params and curves are those of another training.
+    """
+    info = client.get_run(run_id).info
+    if RunStatus.is_terminated(RunStatus.from_string(info.status)):
+        raise TrackingError(
+            "MLFLOW_RUN_ID",
+            f"{run_id}, a run that is {info.status}",
+            "a run that `mlflow run` has just made",
+            "unset MLFLOW_RUN_ID to start a new run",
+        )
+    named_by_user = info.run_name and not _is_random_name(info.run_name)
+    client.update_run(run_id, status="RUNNING", name=info.run_name if named_by_user else run_name)
+    return run_id
+
+
+def _is_random_name(name: str) -> bool:
+    """Whether MLflow has drawn a run's name, such as `sedate-fox-123`, because nobody gave one."""
+    words = name.split("-")
+    return len(words) == 3 and words[0] in _GENERATOR_PREDICATES and words[1] in _GENERATOR_NOUNS
+
+
+def _status_after(error: BaseException | None) -> str:
+    if error is None:
+        return "FINISHED"
+    return "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
 
 
 def _experiment_id(client: MlflowClient) -> str:
-    """The experiment that the environment names, else ours, made when it is not there."""
+    """The experiment that the environment names, else ours, made when it is not there.
+
+    Raises:
+        TrackingError: it was deleted.
+    """
     if by_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
         return by_id
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or names.EXPERIMENT
     found = client.get_experiment_by_name(name)
-    if found is not None:
-        return found.experiment_id
-    try:
-        return client.create_experiment(name)
-    except MlflowException:  # another process made it between the two calls
-        made = client.get_experiment_by_name(name)
-        if made is None:
-            raise
-        return made.experiment_id
+    if found is None:
+        try:
+            return client.create_experiment(name)
+        except MlflowException:  # another process made it between the two calls
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"MLflow experiment {name!r}",
+            "an experiment that was deleted",
+            "one that is there, or a new name",
+            f"mlflow experiments restore --experiment-id {found.experiment_id}, or set MLFLOW_EXPERIMENT_NAME",
+        )
+    return found.experiment_id
