@@ -21,7 +21,7 @@ from trainer.events import CheckpointSaved, EvalDone
 from trainer.gate import Gate
 from trainer.generation import Caption
 from trainer.model import TrainedTensor
-from trainer.strategy import ParameterPlan
+from trainer.strategy import Method, ParameterPlan
 from trainer.tracking import Tracker
 
 
@@ -64,6 +64,7 @@ def log_start(
     tracker.dataset("val", digests["val"], str(data.val.path), "validation")
     if data.ood is not None:
         tracker.dataset("ood", data_digest(data.ood), str(data.ood.path), "out_of_domain")
+    tracker.description(description(resolved, plan, data, budget))
     tracker.text(resolved.to_yaml(), names.ARTIFACT_CONFIG)
     if config.custom.dump_conversation_text:
         tracker.text(encoder.conversation(data.train.records[0]), names.ARTIFACT_CONVERSATION)
@@ -89,6 +90,31 @@ def log_end(tracker: Tracker, evaluations: Mapping[str, EvalDone], checkpoints: 
         if (Path(saved.path) / MANIFEST).is_file()
     }
     tracker.text(json.dumps(manifests, indent=1), names.ARTIFACT_CHECKPOINTS)
+
+
+def description(resolved: Resolved, plan: ParameterPlan, data: Data, budget: Budget) -> str:
+    """The run in Markdown, as the MLflow UI shows it: what trains, on what, for how long."""
+    counts, total = plan.trainable_parameters(), plan.total_parameters()
+    rows = [
+        f"| {part} | {rule.method} | `{rule.pattern}` | {len(tensors)} |"
+        for part, rule, tensors in plan.by_rule()
+        if rule.method is not Method.FROZEN
+    ]
+    return "\n".join(
+        [
+            f"**{resolved.name}**, seed {resolved.config.training.seed}, profile {resolved.profile or 'none'}, "
+            f"base `{resolved.config.model.model}`",
+            "",
+            f"{counts['total']:,} of {total:,} parameters train ({100 * counts['total'] / total:.2f} %).",
+            "",
+            "| part | method | rule | tensors |",
+            "| --- | --- | --- | --- |",
+            *rows,
+            "",
+            f"{budget.samples} training and {len(data.val.records)} validation records; {budget.total_steps} optimizer "
+            f"steps of {budget.micro_batch} x {budget.accumulation} = {budget.effective_batch} samples.",
+        ]
+    )
 
 
 def captions_text(captions: Iterable[Caption]) -> str:
