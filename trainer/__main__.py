@@ -91,13 +91,17 @@ def plan(context: click.Context, config: str, profile: str | None, **short: str 
     show_plan(resolved)
 
 
-@cli.command("pocket-base", context_settings=_EXTRA)
+@cli.command("pocket-base")
 @click.option("--output_dir", default="output/pocket_base", show_default=True, help="Folder for the new weights.")
 def pocket_base(output_dir: str) -> None:
     """Train the built-in base model again, from random weights (its figures are in its pocket.json)."""
+    _quiet_libraries()
+    from trainer.facts import log_base
     from trainer.pocket import train_base
+    from trainer.tracking import open_run
 
-    train_base(output_dir)
+    with open_run(run_name="pocket_base") as tracker:
+        log_base(tracker, train_base(output_dir))
 
 
 def _resolve(context: click.Context, config: str, profile: str | None, short: dict[str, str | None]) -> Any:

@@ -32,6 +32,10 @@ class Data:
     ood: RecordSet | None
     taxonomy: Taxonomy | None
 
+    def sets(self) -> dict[str, RecordSet]:
+        """`train`, `val` and, where there is one, `ood`."""
+        return {"train": self.train, "val": self.val} | ({"ood": self.ood} if self.ood is not None else {})
+
     def probe(self, count: int) -> tuple[Record, ...]:
         """`count` training records evenly spread over the file: the same for every seed and arm."""
         records = self.train.records

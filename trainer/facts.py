@@ -58,6 +58,7 @@ def log_start(
             names.VISION_BLOCKS: json.dumps(plan.vision_blocks),
             names.EFFECTIVE_BATCH_PACKS: str(budget.effective_batch),
             names.IMAGE_PROCESSOR: "Qwen2VLImageProcessorPil",
+            **{names.SKIPPED_RECORDS + part: str(len(records.skipped)) for part, records in data.sets().items()},
         }
     )
     tracker.dataset("train", digests["train"], str(data.train.path), "train")
@@ -66,6 +67,8 @@ def log_start(
         tracker.dataset("ood", data_digest(data.ood), str(data.ood.path), "out_of_domain")
     tracker.description(description(resolved, plan, data, budget))
     tracker.text(resolved.to_yaml(), names.ARTIFACT_CONFIG)
+    if skipped := [message for records in data.sets().values() for message in records.skipped]:
+        tracker.text("\n".join(skipped) + "\n", names.ARTIFACT_SKIPPED)
     if config.custom.dump_conversation_text:
         tracker.text(encoder.conversation(data.train.records[0]), names.ARTIFACT_CONVERSATION)
     tracker.text(json.dumps(plan_table(plan), indent=1), names.ARTIFACT_PLAN)
@@ -114,6 +117,23 @@ def description(resolved: Resolved, plan: ParameterPlan, data: Data, budget: Bud
             f"{budget.samples} training and {len(data.val.records)} validation records; {budget.total_steps} optimizer "
             f"steps of {budget.micro_batch} x {budget.accumulation} = {budget.effective_batch} samples.",
         ]
+    )
+
+
+def log_base(tracker: Tracker, folder: Path) -> None:
+    """The figures of a newly trained built-in base; its run carries no `strategy` tag, so no comparison takes it."""
+    card = folder / "pocket.json"
+    figures = json.loads(card.read_text(encoding="utf-8"))["figures_after_rounding_to_bf16"]
+    tracker.file(card)
+    tracker.metrics(
+        {
+            names.EVAL_LOSS: figures["eval_loss"],
+            names.VISION_GAIN: figures["vision_gain"],
+            names.F1: figures["f1"],
+            names.F1_ATTRIBUTES: figures["f1_attributes"],
+            names.CLASS_ACCURACY: figures["class_accuracy"],
+        },
+        step=0,
     )
 
 

@@ -91,7 +91,10 @@ def _budget_lines(budget: build.Budget, data: build.Data, encoder: Encoder) -> l
     mean = sum(lengths) / len(lengths)
     batch = budget.effective_batch
     others = f"{len(data.val.records)} validation" + (f", {len(data.ood.records)} out of domain" if data.ood else "")
+    skipped = sum(len(records.skipped) for records in data.sets().values())
+    left_out = [f"left out         {skipped} bad records (custom.on_bad_record: skip)"] if skipped else []
     return [
+        *left_out,
         f"samples          {budget.samples} training, {others}; "
         f"{mean:.0f} tokens on average, {max(lengths)} at most (limit {encoder.max_length})",
         f"packs            {budget.samples} (no packing: one sample each)",

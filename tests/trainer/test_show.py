@@ -1,0 +1,75 @@
+"""What `trainer plan` prints: origins, plan, counts, steps and the effective batch with its arithmetic."""
+
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from trainer.config.load import load
+from trainer.data.digits import ensure_digits
+from trainer.errors import ConfigError
+from trainer.show import show_plan
+
+
+def printed(config: str, **overrides: str) -> str:
+    """The plan as plain text; `__` stands for the dot of a key."""
+    text = io.StringIO()
+    keys = {key.replace("__", "."): value for key, value in overrides.items()}
+    show_plan(load(config, overrides=keys), Console(file=text, width=200, highlight=False))
+    return text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def plan() -> str:
+    """Of `all_full` on 40 scenes."""
+    return printed("all_full", custom__digits__train="40", training__num_train_epochs="3")
+
+
+def test_every_value_has_its_origin(plan: str) -> None:
+    """The strategy's own line, base's line, the profile's, and the command line."""
+    for pattern in (
+        "training.gradient_accumulation_steps: 4 .*# experiments/all_full.yaml:",
+        "tuner.lora_rank: 16 .*# experiments/base.yaml:",
+        "custom.emit_norm: .norm100. .*# experiments/profiles/pocket.yaml:",
+        "training.num_train_epochs: 3.0 .*# -P",
+    ):
+        assert re.search(pattern, plan), pattern
+
+
+def test_the_rows_add_up_to_the_counts(plan: str) -> None:
+    """Trained and frozen parameters of all rules are all parameters; 32 samples a step, two steps an epoch, six."""
+    rows = [line.split() for line in plan.splitlines() if re.match(r"(vision|aligner|llm) +(full|lora|frozen) ", line)]
+    numbers = {(row[0], row[1]): int(row[3].replace(",", "")) for row in rows}
+    assert numbers["vision", "full"] + numbers["aligner", "full"] + numbers["llm", "lora"] == trainable(plan)
+    assert "8 a micro-batch x 4 accumulated x 1 rank = 32 samples" in plan
+    assert "ceil(40 / 32) = 2 an epoch; 6 in all, of which 2 warm-up" in plan
+
+
+def trainable(plan: str) -> int:
+    """The total that the plan states."""
+    (line,) = [line for line in plan.splitlines() if line.startswith("trainable ")]
+    return int(line.split()[1].replace(",", ""))
+
+
+def test_records_left_out_are_counted(tmp_path: Path) -> None:
+    """`on_bad_record: skip` does not hide what it did."""
+    paths = ensure_digits(tmp_path, seed=1, n_train=3, n_val=2, n_ood=1)
+    mine = tmp_path / "mine.jsonl"
+    shutil.copytree(paths.train.parent / "train", tmp_path / "train")
+    good = paths.train.read_text()
+    mine.write_text(good + json.dumps({**json.loads(good.splitlines()[0]), "images": ["gone.png"]}) + "\n")
+    given = {"custom__train_jsonl": str(mine), "custom__val_jsonl": str(paths.val)}
+    text = printed("last6_lora", **given, custom__on_bad_record="skip")
+    assert "left out         1 bad records" in text
+    assert "3 training" in text
+
+
+def test_a_setting_that_is_not_built_is_refused_with_all_others(tmp_path: Path) -> None:
+    """Ignoring it would train something else than was asked."""
+    with pytest.raises(ConfigError) as told:
+        printed("last6_lora", training__packing="true", launch__nproc="2")
+    assert "-P training.packing" in str(told.value) and "-P launch.nproc" in str(told.value)
