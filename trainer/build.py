@@ -113,6 +113,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vision-tower-experiments"
 
 
+def mixed_precision(config: Config) -> str:
+    """What accelerate computes in: trained tensors are float32, so a bf16 base needs autocast too."""
+    return "bf16" if config.training.bf16 or config.model.torch_dtype == "bfloat16" else "no"
+
+
 def read_data(config: Config) -> Data:
     """Read and validate all records; the built-in digits where no file is given.
 

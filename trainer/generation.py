@@ -37,10 +37,12 @@ def caption(
         max_new_tokens: tokens after which an answer is cut.
     """
     model.eval()
+    # float32 copies of trained modules meet bf16 activations where the base is bf16
+    mixed = model.get_input_embeddings().weight.dtype is torch.bfloat16
     for start in range(0, len(records), batch_size):
         chunk = records[start : start + batch_size]
         inputs = _left_padded([encoder.prompt(record) for record in chunk], tokenizer.pad_token_id, model.device)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
             output = model.generate(
                 **inputs,
                 do_sample=False,

@@ -46,7 +46,7 @@ class Cadence:
     eval_steps: frozenset[int]
     save_steps: frozenset[int] = frozenset()
     save_best_from: int | None = None
-    """First step at which a new lowest eval loss is worth a `best` checkpoint; None: never."""
+    """First step from which the lowest eval loss gets a `best` checkpoint (step 0 has no adapter); None: never."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def run(resolved: Resolved) -> Outcome:
 
     # what the loop takes
     budget = build.budget_from(config, len(data.train.records))
-    accelerator = Accelerator(mixed_precision="bf16" if training.bf16 else "no")
+    accelerator = Accelerator(mixed_precision=build.mixed_precision(config))
     loss, optimizer = accelerator.prepare(
         SupervisedLoss(model), make_optimizer(trained, weight_decay=training.weight_decay)
     )

@@ -69,7 +69,7 @@ class Training(Section):
     gradient_checkpointing: bool = False
     """Whether activations are computed again in the backward pass to save memory (never re-entrant)."""
     bf16: bool = False
-    """Whether forward and backward compute in bfloat16."""
+    """Whether forward and backward compute in bfloat16; they do in any case on a base held in bfloat16."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 17
     """Seed of data order, dropout, augmentation and new weights, each with its own generator."""
     optimizer: Literal["multimodal"] = "multimodal"
