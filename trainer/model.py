@@ -46,8 +46,10 @@ class TrainedTensor:
     """A LoRA A at the start: its gradient is zero until B has left zero."""
 
 
-def folder_of(model: str) -> Path:
-    """The folder that holds configuration, tokenizer and (unless random) weights of `model.model`.
+def folder_of(model: str, *, weights: bool = False) -> Path:
+    """The folder that holds configuration, tokenizer and, when asked for, weights of `model.model`.
+
+    A hub id is downloaded into the hub's own cache, the gigabytes of its weights only when they are asked for.
 
     Raises:
         ModelError: neither a folder nor something the hub's local cache holds.
@@ -59,7 +61,7 @@ def folder_of(model: str) -> Path:
     from huggingface_hub import snapshot_download  # a hub id needs the network, everything else does not
 
     try:
-        return Path(snapshot_download(model))
+        return Path(snapshot_download(model, ignore_patterns=None if weights else ["*.safetensors", "*.bin", "*.pt*"]))
     except Exception as error:  # noqa: BLE001  the hub raises a dozen kinds, all of which mean: not to be had
         raise ModelError(
             "model.model",
@@ -128,7 +130,7 @@ def load_model(
     """
     try:
         if not model.startswith("random:"):
-            return _loaded(folder_of(model), dtype, attn_impl)
+            return _loaded(folder_of(model, weights=True), dtype, attn_impl)
         config = read_config(model)
         for kind in ("image", "video"):
             setattr(config, f"{kind}_token_id", tools.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>"))

@@ -50,7 +50,7 @@ def base_digest(model: str, seed: int) -> str:
     """Digest of the base weights: of their files, or of what a random initialisation is drawn from."""
     if model.startswith("random:"):
         return text_digest([model, seed])
-    return files_digest(sorted(folder_of(model).glob("*.safetensors")))
+    return files_digest(sorted(folder_of(model, weights=True).glob("*.safetensors")))
 
 
 def text_digest(value: Any) -> str:
