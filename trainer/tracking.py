@@ -19,12 +19,14 @@ from mlflow.store.db.utils import create_sqlalchemy_engine
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
+from sqlalchemy import inspect
 from sqlalchemy.exc import SQLAlchemyError
 
 from trainer import names
 from trainer.errors import TrackingError, UserError
 
 _PARAMS_A_CALL, _PARAM_LENGTH = 100, 6000  # MLflow's own limits
+_SHORT_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}  # seconds
 _SECRET = re.compile(r"(?i)([?&][^=&]*(?:pass|pwd|token|secret)[^=&]*=)[^&#]*")
 
 
@@ -153,7 +155,7 @@ def reach_store() -> str:
         elif urlsplit(uri).scheme.partition("+")[0] in ("postgresql", "mysql", "mssql", "sqlite"):
             path = Path(unquote(uri.partition("///")[2].partition("?")[0]))
             if not uri.startswith("sqlite") or path.is_file():  # MLflow makes a SQLite file that is not there
-                create_sqlalchemy_engine(uri).connect().close()  # type: ignore[no-untyped-call]  # MLflow's own
+                inspect(create_sqlalchemy_engine(uri)).has_table("experiments")  # type: ignore[no-untyped-call]
     return uri
 
 
@@ -209,8 +211,7 @@ def _without_credentials(uri: str) -> str:
 @contextmanager
 def _short_patience() -> Iterator[None]:
     """MLflow's requests give up after about twenty seconds, unless the user has said how long to try."""
-    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}
-    changed = {name: value for name, value in short.items() if name not in os.environ}
+    changed = {name: value for name, value in _SHORT_PATIENCE.items() if name not in os.environ}
     os.environ.update(changed)
     try:
         yield

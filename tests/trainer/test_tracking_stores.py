@@ -1,0 +1,173 @@
+"""Stores that cannot be used are told in one message, without passwords; a real `mlflow server` can be used."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from tests.running import empty_store, environment, without_mlflow_variables
+from trainer import names, tracking
+from trainer.errors import TrackingError
+from trainer.tracking import MlflowTracker, open_run, reach_store, tracking_uri, without_password
+
+
+@pytest.fixture(autouse=True)
+def _own_variables() -> Iterator[None]:
+    """Each test starts without MLflow's variables and leaves none behind."""
+    with without_mlflow_variables():
+        yield
+
+
+# --- stores that cannot be used ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("uri", ["file:///tmp/runs", "mlruns", "./mlruns", "/tmp/mlruns"])
+def test_file_stores_are_refused_with_one_message(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is created."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(TrackingError, match=rf"{re.escape(uri)}, a file store[\s\S]*sqlite:///mlflow.db"):
+        tracking_uri()
+    with pytest.raises(TrackingError):
+        open_run(run_name="r")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://user:hush@127.0.0.1:9",
+        "http://user:hush@127.0.0.1:port",
+        "postgresql+nodriver://user:hush@127.0.0.1:9/db",
+        "foo://user:hush@host/db",
+        "sqlite:////proc/no/such/folder/x.db",
+    ],
+)
+def test_a_store_that_cannot_be_used_is_told_quickly_without_its_password(
+    uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One message within twenty seconds, where MLflow alone retries for minutes; nobody sees the password."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    started = time.monotonic()
+    with pytest.raises(TrackingError) as raised:
+        open_run(run_name="r")
+    assert time.monotonic() - started < 20
+    assert raised.value.where.startswith(f"MLFLOW_TRACKING_URI ({without_password(uri)}")
+    shown = str(raised.value) + "".join(capfd.readouterr())
+    assert "hush" not in shown and "user:" not in shown
+
+
+def test_a_file_that_is_no_database_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow alone tries ten times, for two minutes."""
+    (tmp_path / "mlflow.db").write_text("not a database" * 100)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    started = time.monotonic()
+    with pytest.raises(TrackingError, match="not a database"):
+        reach_store()
+    assert time.monotonic() - started < 10
+
+
+def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the connection and says nothing. Twenty seconds at most in earnest, two in this test."""
+    tries, seconds = (int(value) for value in tracking._SHORT_PATIENCE.values())
+    assert (1 + tries) * seconds <= 20
+    monkeypatch.setitem(tracking._SHORT_PATIENCE, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(TrackingError, match="timed out"):
+            reach_store()
+    assert time.monotonic() - started < 10
+    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ  # training itself has MLflow's own patience
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("sqlite:///mlflow.db", "sqlite:///mlflow.db"),
+        ("http://host:5000", "http://host:5000"),
+        ("https://me:s3cret@host:5000/mlflow", "https://host:5000/mlflow"),
+        ("postgresql://me:p%40ss@db/mlflow", "postgresql://db/mlflow"),
+        ("postgresql://me:p@ss@db/mlflow", "postgresql://db/mlflow"),
+        (
+            "postgresql://db/mlflow?user=me&password=s3cret&sslmode=on",
+            "postgresql://db/mlflow?user=me&password=***&sslmode=on",
+        ),
+    ],
+)
+def test_what_is_shown_of_a_uri_holds_no_password(uri: str, shown: str) -> None:
+    """Neither before the host nor among the options."""
+    assert without_password(uri) == shown
+
+
+# --- through a server --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real `mlflow server` on a free port, with its own database and artifacts."""
+    folder = tmp_path_factory.mktemp("server")
+    store = empty_store(folder)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
+    command += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1"]
+    variables = environment(None, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=log, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and process.poll() is None:
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.2)
+            else:
+                raise AssertionError((folder / "log.txt").read_text())
+            yield f"127.0.0.1:{port}"
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # asked politely it takes twenty seconds
+            process.wait(30)
+
+
+def test_everything_goes_through_a_server_too(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, params, tags, datasets and artifacts; a failure with its traceback."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{server}")
+    with open_run(run_name="good") as tracker:
+        _write_something(tracker)
+    with pytest.raises(RuntimeError), open_run(run_name="bad") as failed:
+        raise RuntimeError("stop")
+    client = MlflowClient(f"http://{server}")
+    run = client.get_run(tracker.run_id)
+    assert (run.info.status, run.data.metrics, run.data.params) == ("FINISHED", {"train/loss": 1.0}, {"a.b": "1"})
+    assert run.inputs.dataset_inputs[0].dataset.digest == "f" * 32
+    assert Path(client.download_artifacts(tracker.run_id, "t.txt", str(tmp_path))).read_text() == "text"
+    assert client.get_run(failed.run_id).info.status == "FAILED"
+    assert "stop" in Path(client.download_artifacts(failed.run_id, names.ARTIFACT_TRACEBACK, str(tmp_path))).read_text()
+
+
+def test_user_and_password_leave_the_uri_of_a_server(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow, which puts URIs into its error messages, gets them through its own variables instead."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hu%40sh@{server}")
+    with open_run(run_name="r"):
+        pass
+    assert mlflow.get_tracking_uri() == os.environ["MLFLOW_TRACKING_URI"] == f"http://{server}"
+    assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "hu@sh")
+
+
+def _write_something(tracker: MlflowTracker) -> None:
+    tracker.metrics({"train/loss": 1.0}, step=1)
+    tracker.params({"a.b": "1"})
+    tracker.tags({"strategy": "s"})
+    tracker.text("text", "t.txt")
+    tracker.dataset("train", "f" * 32, "train.jsonl", "train")
