@@ -17,7 +17,7 @@ help:
 	@echo "make last6_lora     train a strategy (also: $(filter-out last6_lora,$(STRATEGIES))); ARGS='-P seed=18' passes more"
 	@echo "make ui             open the MLflow UI on what was trained"
 	@echo "make test           set up and run the tests      make check   ruff, format, mypy"
-	@echo "make pocket_base    train the built-in base model again (about an hour on two cores)"
+	@echo "make pocket_base    train the built-in base model again (about 25 minutes on two cores)"
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev

@@ -3,9 +3,13 @@
 import json
 import math
 import os
+import re
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from accelerate import Accelerator
 
 from trainer.config.problems import Problem, place, raise_if_any
 from trainer.config.resolved import Resolved
@@ -17,10 +21,13 @@ from trainer.data.loader import SampleSet, collate, eval_batches, steps_per_epoc
 from trainer.data.prompts import Taxonomy
 from trainer.data.records import Record, RecordSet, read_records
 from trainer.data.template import Encoder
+from trainer.errors import ConfigError, DataError
+from trainer.events import EVAL, EXCHANGED, OOD, PROBE
 from trainer.loop import Cadence, EvalSet
-from trainer.model import Tools
+from trainer.metrics import Meter
+from trainer.model import Tools, load_tools, parameter_shapes
 from trainer.optim import Schedule
-from trainer.strategy import Lora, Method, Part, Strategy, Target
+from trainer.strategy import Lora, Method, ParameterPlan, Part, Strategy, Target, make_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,81 @@ class Budget:
         since LoRA's A stands still in the first.
         """
         return min(max(2, self.warmup_steps), self.total_steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything of a run that needs no weights: what `plan` prints and `run` trains."""
+
+    name: str
+    """The arm: the strategy file's name, and what the command line has changed of it."""
+    plan: ParameterPlan
+    tools: Tools
+    encoder: Encoder
+    data: Data
+    budget: Budget
+    schedule: Schedule
+
+
+def prepare(resolved: Resolved) -> Prepared:
+    """Resolve the strategy against the model, check all records, count steps.
+
+    Raises:
+        UserError: whatever is wrong with configuration, strategy, records or model folder.
+    """
+    refuse_unbuilt(resolved)
+    config = resolved.config
+    shapes = parameter_shapes(config.model.model)
+    plan = make_plan(strategy_from(config), shapes, origins=resolved.origins)
+    data = read_data(config)
+    tools = load_tools(config.model.model)
+    encoder = make_encoder(config, tools, data.taxonomy)
+    data = check_lengths(config, data, encoder)
+    budget = budget_from(config, len(data.train.records))
+    return Prepared(arm_name(resolved), plan, tools, encoder, data, budget, schedule_from(config, budget))
+
+
+def arm_name(resolved: Resolved) -> str:
+    """`last6_lora`; with `-P tuner.lora_rank=8`, `last6_lora+lora_rank=8`: another arm must not pass for this one."""
+    params = resolved.params()
+    changed = [
+        f"+{key.rpartition('.')[2]}={params[key]}"
+        for key, origin in resolved.origins.items()
+        if origin == "-P" and key.startswith(("strategy.", "tuner."))
+    ]
+    return resolved.name + "".join(changed)
+
+
+def make_output_folder(parent: str, run_name: str) -> Path:
+    """A folder of its own for a run's checkpoints, made now: better to hear now that it cannot be written.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    safe = re.sub(r"[^\w.+=-]+", "-", run_name).strip(".-") or "run"
+    folder = Path(parent) / f"{safe}-{uuid.uuid4().hex[:8]}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            "training.output_dir", f"{folder}: {error.strerror}", "a folder that can be written", "choose another"
+        ) from None
+    return folder
+
+
+def one_process(accelerator: Accelerator) -> Accelerator:
+    """Refuse ranks that another launcher has started, and settings that its environment brings along.
+
+    Raises:
+        ConfigError: more than one process.
+    """
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            "the launcher", f"{accelerator.num_processes} ranks", "one rank (this version has nothing else yet)",
+            "start one process, without torchrun or accelerate launch",
+        )  # fmt: skip
+    accelerator.gradient_accumulation_steps = 1  # we divide by the tokens of the whole step ourselves
+    return accelerator
 
 
 def refuse_unbuilt(resolved: Resolved) -> None:
@@ -127,9 +209,17 @@ def read_data(config: Config) -> Data:
     custom, digits = config.custom, config.custom.digits
     train, val, ood, taxonomy = custom.train_jsonl, custom.val_jsonl, custom.ood_jsonl, custom.taxonomy
     if train is None or val is None:
-        paths = ensure_digits(
-            cache_folder(), seed=digits.seed, n_train=digits.train, n_val=digits.val, n_ood=digits.ood
-        )
+        try:
+            paths = ensure_digits(
+                cache_folder(), seed=digits.seed, n_train=digits.train, n_val=digits.val, n_ood=digits.ood
+            )
+        except OSError as error:
+            raise DataError(
+                "the built-in data",
+                f"{cache_folder()}: {error.strerror}",
+                "a folder that can be written",
+                "set XDG_CACHE_HOME to one",
+            ) from None
         train, val, taxonomy = str(paths.train), str(paths.val), taxonomy or str(paths.taxonomy)
         ood = str(paths.ood) if digits.ood else None
     return Data(
@@ -175,9 +265,13 @@ def budget_from(config: Config, samples: int) -> Budget:
     training = config.training
     micro, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     per_epoch = steps_per_epoch(samples, micro, accumulation)
-    by_epochs = math.ceil(training.num_train_epochs * per_epoch)
-    total = min(by_epochs, training.max_steps or by_epochs)
-    return Budget(samples, micro, accumulation, per_epoch, total, math.ceil(training.warmup_ratio * total))
+    total = training.max_steps or _ceil(training.num_train_epochs * per_epoch)
+    return Budget(samples, micro, accumulation, per_epoch, total, _ceil(training.warmup_ratio * total))
+
+
+def _ceil(product: float) -> int:
+    """Rounded up, but not for the last bit of a float product: 0.07 * 100 is 7, not 8."""
+    return math.ceil(round(product, 9))
 
 
 def cadence_from(config: Config, budget: Budget) -> Cadence:
@@ -209,6 +303,16 @@ def schedule_from(config: Config, budget: Budget) -> Schedule:
     )
 
 
+def meter_from(config: Config, total_steps: int) -> Meter:
+    """What turns events into metric rows."""
+    return Meter(
+        logging_steps=config.training.logging_steps,
+        log_first=config.training.logging_first_step,
+        total_steps=total_steps,
+        smoothing=config.tracking.smoothing_weight,
+    )
+
+
 def eval_sets_from(config: Config, data: Data, encoder: Encoder) -> Mapping[str, EvalSet]:
     """The sets that are evaluated again and again; each is encoded once."""
     tracking, size = config.tracking, config.training.per_device_eval_batch_size
@@ -217,13 +321,13 @@ def eval_sets_from(config: Config, data: Data, encoder: Encoder) -> Mapping[str,
         samples = SampleSet(records, encoder)
         return EvalSet(lambda: eval_batches(samples, batch_size=size))
 
-    sets = {"eval": plain(data.val.records)}
+    sets = {EVAL: plain(data.val.records)}
     if tracking.probe_records:
-        sets["probe"] = plain(data.probe(tracking.probe_records))
+        sets[PROBE] = plain(data.probe(tracking.probe_records))
     if data.ood is not None:
-        sets["ood"] = plain(data.ood.records)
+        sets[OOD] = plain(data.ood.records)
     subset = data.val.records[: tracking.vision_gain_records]
     if exchanged := exchange_images(encoder.encode(record) for record in subset):
         batches = [collate(exchanged[i : i + size], encoder.pad_id) for i in range(0, len(exchanged), size)]
-        sets["exchanged_images"] = EvalSet(lambda: batches, every=tracking.vision_gain_every)
+        sets[EXCHANGED] = EvalSet(lambda: batches, every=tracking.vision_gain_every)
     return sets

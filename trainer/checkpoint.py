@@ -25,7 +25,7 @@ class Saver:
         Args:
             model: the PEFT model; only its adapter is written.
             root: the folder; made when first needed.
-            keep: checkpoints in all, `best` and `last` among them; None keeps every one.
+            keep: checkpoints of training in progress, `best` among them; older `step-N` are removed. None keeps all.
         """
         self._model, self._root, self._keep = model, root, keep
         self._steps: list[Path] = []
@@ -44,7 +44,7 @@ class Saver:
 def write_adapter(model: PeftModel, folder: Path, facts: dict[str, Any]) -> int:
     """Write an adapter aside, sync it, and put it in place of `folder`; returns its size in bytes.
 
-    A reader finds the old adapter or the new one, never half of one.
+    What stands under the name is never half an adapter; for a moment between two renames it may be absent.
     """
     aside, old = folder.with_name(folder.name + ".writing"), folder.with_name(folder.name + ".old")
     shutil.rmtree(aside, ignore_errors=True)
@@ -66,7 +66,9 @@ def write_adapter(model: PeftModel, folder: Path, facts: dict[str, Any]) -> int:
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
     """Put a written adapter's tensors into a model that was wrapped by the same plan."""
-    set_peft_model_state_dict(model, load_file(folder / _WEIGHTS))
+    loaded: Any = set_peft_model_state_dict(model, load_file(folder / _WEIGHTS))
+    missing = [name for name in loaded.missing_keys if ".lora_" in name or ".modules_to_save." in name]
+    assert not missing and not loaded.unexpected_keys, (missing, loaded.unexpected_keys)  # noqa: S101  # our own file
 
 
 def file_sha256(path: Path) -> str:

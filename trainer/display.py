@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from trainer import names
-from trainer.events import CheckpointSaved, EvalDone, Event, GateLooked, StepDone
+from trainer.events import CheckpointSaved, EvalDone, Event, GatePassed, StepDone
 
 
 class Display:
@@ -46,11 +46,11 @@ class Display:
                 self._line(event.seen.step, f"evaluated in {event.seconds:.1f} s: {_shown(row)}", always=True)
             case CheckpointSaved():
                 self._line(event.seen.step, f"saved {event.kind} ({event.size_bytes / 1e6:.1f} MB)")
-            case GateLooked():
+            case GatePassed():
                 self._line(event.seen.step, "training gate passed: every planned tensor trains, no other has changed")
 
     def say(self, text: str) -> None:
-        """One line about what happens before or after training."""
+        """One line about what happens after training."""
         self._console.print(text, markup=False)
 
     def __enter__(self) -> Self:

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+EVAL, PROBE, OOD, EXCHANGED = "eval", "probe", "ood", "exchanged_images"
+"""The evaluation sets: validation, a part of training, out of domain, validation with images exchanged."""
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -61,7 +64,7 @@ class EvalDone:
 
     seen: Seen
     losses: Mapping[str, RecordLosses]
-    """Evaluation set (`eval`, `probe`, `ood`, `seen_images`, `exchanged_images`) -> its losses."""
+    """Evaluation set (`EVAL`, `PROBE`, `OOD`, `EXCHANGED`) -> its losses."""
     seconds: float
 
 
@@ -77,12 +80,10 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True, slots=True)
-class GateLooked:
-    """The training gate took a look and everything it asks held."""
+class GatePassed:
+    """The training gate has seen everything it asks for, and all of it held."""
 
     seen: Seen
-    look: int
-    complete: bool
 
 
-Event = StepDone | EvalDone | CheckpointSaved | GateLooked
+Event = StepDone | EvalDone | CheckpointSaved | GatePassed

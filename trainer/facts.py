@@ -12,15 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer import names, provenance
-from trainer.build import Budget, Data
+from trainer.build import Prepared
 from trainer.checkpoint import MANIFEST
 from trainer.config.resolved import Resolved
 from trainer.data.records import RecordSet
-from trainer.data.template import Encoder
 from trainer.events import CheckpointSaved, EvalDone
 from trainer.gate import Gate
 from trainer.generation import Caption
-from trainer.model import TrainedTensor
 from trainer.strategy import Method, ParameterPlan
 from trainer.tracking import Tracker
 
@@ -28,18 +26,15 @@ from trainer.tracking import Tracker
 def log_start(
     tracker: Tracker,
     resolved: Resolved,
-    plan: ParameterPlan,
-    data: Data,
-    encoder: Encoder,
-    budget: Budget,
-    trained: Iterable[TrainedTensor],
+    prepared: Prepared,
+    dtypes: Mapping[str, str],
 ) -> None:
-    """All that is known before the first step."""
-    config = resolved.config
+    """All that is known before the first step; `dtypes` is part -> number format of what trains of it."""
+    config, plan, data, budget = resolved.config, prepared.plan, prepared.data, prepared.budget
     digests = {part: data_digest(records) for part, records in (("train", data.train), ("val", data.val))}
     tracker.tags(
         {
-            names.TAG_STRATEGY: resolved.name,
+            names.TAG_STRATEGY: prepared.name,
             names.TAG_SEED: str(config.training.seed),
             names.TAG_PROFILE: resolved.profile or "none",
             names.TAG_GATE: "open",
@@ -49,7 +44,6 @@ def log_start(
             names.TAG_BASE_DIGEST: provenance.base_digest(config.model.model, config.training.seed),
         }
     )
-    dtypes = {t.part.value: str(t.parameter.dtype).removeprefix("torch.") for t in trained}
     tracker.params(
         {
             **resolved.params(),
@@ -65,12 +59,12 @@ def log_start(
     tracker.dataset("val", digests["val"], str(data.val.path), "validation")
     if data.ood is not None:
         tracker.dataset("ood", data_digest(data.ood), str(data.ood.path), "out_of_domain")
-    tracker.description(description(resolved, plan, data, budget))
+    tracker.description(description(resolved, prepared))
     tracker.text(resolved.to_yaml(), names.ARTIFACT_CONFIG)
     if skipped := [message for records in data.sets().values() for message in records.skipped]:
         tracker.text("\n".join(skipped) + "\n", names.ARTIFACT_SKIPPED)
     if config.custom.dump_conversation_text:
-        tracker.text(encoder.conversation(data.train.records[0]), names.ARTIFACT_CONVERSATION)
+        tracker.text(prepared.encoder.conversation(data.train.records[0]), names.ARTIFACT_CONVERSATION)
     tracker.text(json.dumps(plan_table(plan), indent=1), names.ARTIFACT_PLAN)
     tracker.text(json.dumps(provenance.environment(), indent=1), names.ARTIFACT_ENVIRONMENT)
 
@@ -81,12 +75,16 @@ def log_gate(tracker: Tracker, gate: Gate) -> None:
     tracker.text(json.dumps(gate.report(), indent=1), names.ARTIFACT_GATE)
 
 
-def log_end(tracker: Tracker, evaluations: Mapping[str, EvalDone], checkpoints: Mapping[str, CheckpointSaved]) -> None:
-    """Per-record losses of the best and the last evaluation, and the manifests of the checkpoints."""
+def log_record_losses(tracker: Tracker, evaluations: Mapping[str, EvalDone]) -> None:
+    """Per-record losses of the best and the last evaluation."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / names.ARTIFACT_RECORD_LOSSES
         path.write_bytes(record_losses_parquet(evaluations))
         tracker.file(path)
+
+
+def log_checkpoints(tracker: Tracker, checkpoints: Mapping[str, CheckpointSaved]) -> None:
+    """Where the checkpoints are, and their manifests."""
     manifests = {
         kind: {"path": saved.path, **json.loads((Path(saved.path) / MANIFEST).read_text(encoding="utf-8"))}
         for kind, saved in checkpoints.items()
@@ -95,8 +93,9 @@ def log_end(tracker: Tracker, evaluations: Mapping[str, EvalDone], checkpoints: 
     tracker.text(json.dumps(manifests, indent=1), names.ARTIFACT_CHECKPOINTS)
 
 
-def description(resolved: Resolved, plan: ParameterPlan, data: Data, budget: Budget) -> str:
+def description(resolved: Resolved, prepared: Prepared) -> str:
     """The run in Markdown, as the MLflow UI shows it: what trains, on what, for how long."""
+    plan, data, budget = prepared.plan, prepared.data, prepared.budget
     counts, total = plan.trainable_parameters(), plan.total_parameters()
     rows = [
         f"| {part} | {rule.method} | `{rule.pattern}` | {len(tensors)} |"
@@ -105,7 +104,7 @@ def description(resolved: Resolved, plan: ParameterPlan, data: Data, budget: Bud
     ]
     return "\n".join(
         [
-            f"**{resolved.name}**, seed {resolved.config.training.seed}, profile {resolved.profile or 'none'}, "
+            f"**{prepared.name}**, seed {resolved.config.training.seed}, profile {resolved.profile or 'none'}, "
             f"base `{resolved.config.model.model}`",
             "",
             f"{counts['total']:,} of {total:,} parameters train ({100 * counts['total'] / total:.2f} %).",

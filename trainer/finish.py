@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -42,11 +43,11 @@ def score_checkpoints(
     done: set[int] = set()
     for kind in ("best", "last"):
         saved = reporter.checkpoints.get(kind)
-        folder = reporter.checkpoint_folder(kind)
-        if saved is None or folder is None or saved.seen.step in done:
+        if saved is None or saved.seen.step in done:
             continue
         done.add(saved.seen.step)
-        load_adapter(model, folder)
+        reporter.say(f"captioning {len(records)} validation records with the {kind} checkpoint")
+        load_adapter(model, Path(saved.path))
         captions = list(caption(model, tokenizer, encoder, records, batch_size=batch_size, max_new_tokens=limit))
         reporter.log(_row(captions), saved.seen.step)
         tracker.text(captions_text(captions), f"{kind}_{names.ARTIFACT_PREDICTIONS}")

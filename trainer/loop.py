@@ -20,12 +20,10 @@ from torch import Tensor, nn
 
 from trainer.data.loader import Batch
 from trainer.errors import TrainingStopped
-from trainer.events import CheckpointSaved, EvalDone, Event, GateLooked, RecordLosses, Seen, StepDone
+from trainer.events import EVAL, CheckpointSaved, EvalDone, Event, GatePassed, RecordLosses, Seen, StepDone
 from trainer.gate import Gate
 from trainer.model import TrainedTensor
 from trainer.optim import Schedule, set_rates
-
-EVAL = "eval"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +90,7 @@ def fit(
         if last or step in cadence.eval_steps:
             due = {name: s for name, s in eval_sets.items() if last or evaluations % s.every == 0}
             result = evaluate_all(parts, due, seen)
+            _stop_if_eval_not_finite(result)
             evaluations += 1
             emit(result)
             loss = result.losses[EVAL].mean()
@@ -110,7 +109,7 @@ def fit(
         done = train_step(parts, micro_batches, step + 1)
         seen = _add(seen, micro_batches, cadence.steps_per_epoch, time.perf_counter() - started)
         if parts.gate.after_update(step + 1):
-            emit(GateLooked(seen, look=2, complete=True))
+            emit(GatePassed(seen))
         emit(replace(done, seen=seen))
     raise AssertionError("the last pass returns")
 
@@ -201,6 +200,17 @@ def _add(seen: Seen, micro_batches: Sequence[Batch], steps_per_epoch: int, secon
     )
 
 
+def _stop_if_eval_not_finite(result: EvalDone) -> None:
+    """A model whose evaluation is not finite is lost: going on would only hide it."""
+    for name, losses in result.losses.items():
+        pairs = zip(losses.record_ids, losses.loss_sums, strict=True)
+        if bad := [record_id for record_id, loss in pairs if not math.isfinite(loss)]:
+            raise TrainingStopped(
+                f"The loss on the set {name} is not finite after step {result.seen.step}, in {len(bad)} records: "
+                f"{', '.join(bad[:20])}. Lower the learning rates, or look at these records."
+            )
+
+
 def _stop_if_not_finite(
     step: int, micro_batches: Sequence[Batch], losses: Sequence[Tensor], norms: Mapping[str, float]
 ) -> None:
@@ -218,5 +228,5 @@ def _stop_if_not_finite(
         records = ", ".join(i for batch in micro_batches for i in batch.record_ids)
         raise TrainingStopped(
             f"The gradient of {', '.join(bad_parts)} is not finite at step {step} (records {records}). "
-            "Nothing was updated. Lower the learning rates or max_grad_norm."
+            "Nothing was updated. Lower the learning rates, or look at these records."
         )

@@ -7,7 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainer import names
-from trainer.events import CheckpointSaved, EvalDone, Event, GateLooked, RecordLosses, Seen, StepDone
+from trainer.events import (
+    EVAL,
+    EXCHANGED,
+    OOD,
+    PROBE,
+    CheckpointSaved,
+    EvalDone,
+    Event,
+    GatePassed,
+    RecordLosses,
+    Seen,
+    StepDone,
+)
 
 Row = dict[str, float]
 
@@ -89,7 +101,7 @@ class Meter:
                 return self._eval_row(event)
             case CheckpointSaved():
                 return {names.CHECKPOINT_BYTES: float(event.size_bytes)}
-            case GateLooked():
+            case GatePassed():
                 return {}
 
     def _step_row(self, event: StepDone) -> Row:
@@ -118,19 +130,19 @@ class Meter:
 
     def _eval_row(self, event: EvalDone) -> Row:
         losses = {name: record_losses.mean() for name, record_losses in event.losses.items()}
-        loss = losses["eval"]
+        loss = losses[EVAL]
         smoothed = self._eval.add(loss)
         row = {names.EVAL_LOSS: loss, names.EVAL_LOSS_SMOOTHED: smoothed, **self._best(loss, event.seen)}
-        for domain, domain_loss in event.losses["eval"].mean_by_domain().items():
+        for domain, domain_loss in event.losses[EVAL].mean_by_domain().items():
             row[names.EVAL_LOSS_BY_DOMAIN + domain] = domain_loss
-        if "ood" in losses:
-            row[names.OOD_LOSS] = losses["ood"]
-        if "probe" in losses:
-            row[names.PROBE_LOSS] = losses["probe"]
-            row[names.GAP_CLEAN] = loss - losses["probe"]
+        if OOD in losses:
+            row[names.OOD_LOSS] = losses[OOD]
+        if PROBE in losses:
+            row[names.PROBE_LOSS] = losses[PROBE]
+            row[names.GAP_CLEAN] = loss - losses[PROBE]
         if self._train_smoothed is not None:
             row[names.GAP] = smoothed - self._train_smoothed
-        if "exchanged_images" in losses:
+        if EXCHANGED in losses:
             row[names.VISION_GAIN] = vision_gain(event.losses)
         return {**row, **_counters(event.seen)}
 
@@ -147,7 +159,7 @@ class Meter:
 
 def vision_gain(losses: Mapping[str, RecordLosses]) -> float:
     """Loss with images exchanged minus loss with the right ones, over the exchanged records, nats per token."""
-    exchanged, right = losses["exchanged_images"], losses["eval"]
+    exchanged, right = losses[EXCHANGED], losses[EVAL]
     own = dict(zip(right.record_ids, right.loss_sums, strict=True))
     right_sum = sum(own[record_id] for record_id in exchanged.record_ids)
     return (sum(exchanged.loss_sums) - right_sum) / sum(exchanged.token_counts)

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -137,13 +138,31 @@ def load_model(
         torch.manual_seed(seed)
         build: Callable[..., Qwen3VLForConditionalGeneration] = Qwen3VLForConditionalGeneration._from_config
         return build(config, attn_implementation=attn_impl, dtype=dtype)
-    except (OSError, ValueError, ImportError) as error:
+    except ModelError:
+        raise
+    except ImportError as error:
+        raise ModelError(
+            "model.attn_impl",
+            f"{attn_impl}: {str(error).splitlines()[0]}",
+            "sdpa or eager, or an implementation that is installed",
+            "install it, or set model.attn_impl to sdpa",
+        ) from None
+    except (OSError, ValueError, SafetensorError) as error:
         raise _unreadable(folder_of(model), error) from None
 
 
 def _loaded(folder: Path, dtype: torch.dtype, attn_impl: str) -> Qwen3VLForConditionalGeneration:
-    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attn_impl)
-    assert isinstance(model, Qwen3VLForConditionalGeneration)  # noqa: S101  # with output_loading_info it is a pair
+    load: Callable[..., tuple[Qwen3VLForConditionalGeneration, dict[str, Any]]]
+    load = Qwen3VLForConditionalGeneration.from_pretrained  # type: ignore[assignment]  # a pair, as asked for below
+    model, info = load(folder, dtype=dtype, attn_implementation=attn_impl, output_loading_info=True)
+    # transformers fills what is missing with random numbers and only says so in a log
+    if absent := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
+        raise ModelError(
+            "model.model",
+            f"{folder}: {len(absent)} tensors are missing or of another shape: {', '.join(absent[:5])}",
+            "a checkpoint with all of the model's weights",
+            "merge or download it again",
+        )
     return model
 
 
@@ -176,7 +195,7 @@ def apply_plan(model: Qwen3VLForConditionalGeneration, plan: ParameterPlan, *, s
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    _prove_wrapping(peft_model, plan)
+    prove(peft_model, plan)
     return peft_model
 
 
@@ -190,6 +209,13 @@ def trained_tensors(model: nn.Module) -> Iterator[TrainedTensor]:
             yield TrainedTensor(name, base_name, part_of(base_name), method, parameter, ".lora_A." in name)
 
 
+def dtypes(model: nn.Module) -> dict[str, str]:
+    """Part -> number format of what trains of it, or of the whole part where nothing does."""
+    found = {part_of(base_name_of(name)).value: p.dtype for name, p in model.named_parameters()}
+    found |= {tensor.part.value: tensor.parameter.dtype for tensor in trained_tensors(model)}
+    return {part: str(dtype).removeprefix("torch.") for part, dtype in found.items()}
+
+
 def base_name_of(name: str) -> str:
     """The base model's name of a tensor of the PEFT model (or of the base model itself)."""
     name = name.removeprefix("module.").removeprefix("base_model.model.")
@@ -197,7 +223,7 @@ def base_name_of(name: str) -> str:
     return re.sub(rf"\.lora_[AB]\.{_ADAPTER}\.weight$", ".weight", name)
 
 
-def _prove_wrapping(model: PeftModel, plan: ParameterPlan) -> None:
+def prove(model: PeftModel, plan: ParameterPlan) -> None:
     """What PEFT wrapped and what requires a gradient must be the plan, tensor by tensor.
 
     Raises:
@@ -219,6 +245,12 @@ def _prove_wrapping(model: PeftModel, plan: ParameterPlan) -> None:
                 f"PEFT did not do what the plan says: {what}: "
                 f"missing {sorted(planned - got)[:5]}, unplanned {sorted(got - planned)[:5]}"
             )
+    counts = {"total": 0, **{part.value: 0 for part in Part}}
+    for tensor in trained_tensors(model):
+        for key in ("total", tensor.part.value):
+            counts[key] += tensor.parameter.numel()
+    if counts != plan.trainable_parameters():
+        raise TrainingStopped(f"PEFT trains {counts} parameters, the plan {plan.trainable_parameters()}")
 
 
 class SupervisedLoss(nn.Module):

@@ -2,7 +2,6 @@
 
 import resource
 from collections.abc import Mapping
-from pathlib import Path
 
 import psutil
 import torch
@@ -25,7 +24,7 @@ class Reporter:
         self.latest: dict[str, float] = {}
         """Last value of every metric."""
         self.evaluations: dict[str, EvalDone] = {}
-        """The evaluation with the lowest eval loss (`best`) and the last one (`last`)."""
+        """The evaluation behind the `best` checkpoint, and the `last` one."""
         self.checkpoints: dict[str, CheckpointSaved] = {}
         """Kind -> the newest checkpoint of that kind."""
 
@@ -39,10 +38,10 @@ class Reporter:
         match event:
             case EvalDone():
                 self.evaluations["last"] = event
-                if row[names.BEST_STEP] == event.seen.step:
-                    self.evaluations["best"] = event
             case CheckpointSaved():
                 self.checkpoints[event.kind] = event
+                if event.kind == "best":  # saved right after the evaluation that was best
+                    self.evaluations["best"] = self.evaluations["last"]
         self._display.event(event, row)
 
     def log(self, row: Mapping[str, float], step: int) -> None:
@@ -50,10 +49,9 @@ class Reporter:
         self.latest.update(row)
         self._tracker.metrics(row, step)
 
-    def checkpoint_folder(self, kind: str) -> Path | None:
-        """Where the newest checkpoint of a kind is; None when there is none."""
-        saved = self.checkpoints.get(kind)
-        return Path(saved.path) if saved else None
+    def say(self, text: str) -> None:
+        """Show a line to whoever watches."""
+        self._display.say(text)
 
     def _measured(self) -> dict[str, float]:
         return {

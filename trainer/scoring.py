@@ -111,7 +111,9 @@ def _pairs(
 
 
 def _box(item: ParsedObject) -> Box:
-    return bounding_box(item.points)
+    """The bounding box, at least one unit wide and high: a level line and a box rounded flat have an area too."""
+    x1, y1, x2, y2 = bounding_box(item.points)
+    return x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)
 
 
 def _attribute_f1(predicted: str, true: str) -> float:

@@ -5,11 +5,10 @@ from rich.table import Table
 
 from trainer import build, names
 from trainer.config.resolved import Resolved
-from trainer.data.template import Encoder
-from trainer.model import load_tools, parameter_shapes
+from trainer.config.schema import Config
 from trainer.optim import Schedule
 from trainer.run import Outcome
-from trainer.strategy import Method, ParameterPlan, make_plan
+from trainer.strategy import Method, ParameterPlan
 from trainer.tracking import tracking_uri, without_password
 
 
@@ -20,28 +19,21 @@ def show_plan(resolved: Resolved, console: Console | None = None) -> None:
         UserError: whatever `trainer run` would refuse.
     """
     console = console or Console(highlight=False, soft_wrap=True)
-    build.refuse_unbuilt(resolved)
-    config = resolved.config
-    shapes = parameter_shapes(config.model.model)
-    plan = make_plan(build.strategy_from(config), shapes, origins=resolved.origins)
-    data = build.read_data(config)
-    tools = load_tools(config.model.model)
-    encoder = build.make_encoder(config, tools, data.taxonomy)
-    data = build.check_lengths(config, data, encoder)
-    budget = build.budget_from(config, len(data.train.records))
+    prepared = build.prepare(resolved)
+    plan, config = prepared.plan, resolved.config
 
-    console.print(f"[bold]{resolved.name}[/bold]  profile {resolved.profile or 'none'}\n")
+    console.print(f"[bold]{prepared.name}[/bold]  profile {resolved.profile or 'none'}\n")
     for line in resolved.lines():
         console.print(line, markup=False)
     console.print()
-    for line in _plan_lines(plan, build.schedule_from(config, budget), config.training.weight_decay):
+    for line in _plan_lines(plan, prepared.schedule, config.training.weight_decay):
         console.print(line, markup=False)
     counts = plan.trainable_parameters()
     console.print(
         f"trainable {counts['total']:,} of {plan.total_parameters():,} parameters "
         f"({100 * counts['total'] / plan.total_parameters():.2f} %); vision blocks {_span(plan.vision_blocks)}\n"
     )
-    for line in _budget_lines(budget, data, encoder):
+    for line in _budget_lines(prepared, config):
         console.print(line, markup=False)
 
 
@@ -86,11 +78,16 @@ def _plan_lines(plan: ParameterPlan, schedule: Schedule, weight_decay: float) ->
     return lines
 
 
-def _budget_lines(budget: build.Budget, data: build.Data, encoder: Encoder) -> list[str]:
+def _budget_lines(prepared: build.Prepared, config: Config) -> list[str]:
+    """Samples, packs, batch and steps, each with its arithmetic."""
+    budget, data, encoder = prepared.budget, prepared.data, prepared.encoder
     lengths = [encoder.length(record) for record in data.train.records]
     mean = sum(lengths) / len(lengths)
     batch = budget.effective_batch
     others = f"{len(data.val.records)} validation" + (f", {len(data.ood.records)} out of domain" if data.ood else "")
+    training = config.training
+    by_epochs = f"{training.num_train_epochs:g} epochs = {budget.total_steps}"
+    length = f"max_steps = {budget.total_steps}" if training.max_steps else by_epochs
     skipped = sum(len(records.skipped) for records in data.sets().values())
     left_out = [f"left out         {skipped} bad records (custom.on_bad_record: skip)"] if skipped else []
     return [
@@ -100,8 +97,8 @@ def _budget_lines(budget: build.Budget, data: build.Data, encoder: Encoder) -> l
         f"packs            {budget.samples} (no packing: one sample each)",
         f"effective batch  {budget.micro_batch} a micro-batch x {budget.accumulation} accumulated x 1 rank "
         f"= {batch} samples; x {mean:.0f} tokens = {batch * mean:,.0f} tokens",
-        f"optimizer steps  ceil({budget.samples} / {batch}) = {budget.steps_per_epoch} an epoch; "
-        f"{budget.total_steps} in all, of which {budget.warmup_steps} warm-up",
+        f"optimizer steps  ceil({budget.samples} / {batch}) = {budget.steps_per_epoch} an epoch; {length} "
+        f"in all, of which {budget.warmup_steps} warm-up",
     ]
 
 

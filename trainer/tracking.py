@@ -1,10 +1,11 @@
 """The one door to MLflow: opens or adopts a run, takes params, tags, metric rows and artifacts, and closes it truly."""
 
+import json
 import os
 import re
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +62,11 @@ class MlflowTracker:
     def __init__(self, client: MlflowClient, run_id: str) -> None:
         """Use `open_run`, which finds or makes the run."""
         self._client, self.run_id = client, run_id
+        self._last_words: list[Callable[[], None]] = []
+
+    def at_end(self, log: Callable[[], None]) -> None:
+        """Call `log` before the run is closed, however it ends; it never hides the error that ended it."""
+        self._last_words.append(log)
 
     def metrics(self, row: Mapping[str, float], step: int) -> None:
         """Log one row, all of it at one step and one time."""
@@ -95,7 +101,7 @@ class MlflowTracker:
 
     def dataset(self, name: str, digest: str, source: str, context: str) -> None:
         """Name a dataset that the run read; `context` is train, validation or out_of_domain."""
-        entity = Dataset(name, digest, "local", source)
+        entity = Dataset(name, digest, "local", json.dumps({"uri": source}))
         self._client.log_inputs(self.run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
 
     def __enter__(self) -> Self:
@@ -109,6 +115,9 @@ class MlflowTracker:
         status = _status_after(error)
         with _short_patience() if error else nullcontext():
             try:
+                for log in self._last_words:
+                    with suppress(Exception) if error else nullcontext():
+                        log()
                 if status == "FAILED":
                     self.text("".join(traceback.format_exception(kind, error, trace)), names.ARTIFACT_TRACEBACK)
             finally:  # whatever became of the artifact

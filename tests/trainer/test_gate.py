@@ -98,8 +98,11 @@ def test_a_frozen_tensor_that_changes_by_one_bit_is_caught(make_parts: MakeParts
 
 
 def test_a_run_of_one_step_leaves_the_gate_open(make_parts: MakeParts) -> None:
-    """LoRA's A has not had its turn: neither passed nor failed."""
-    parts = make_parts(last_look=1)
-    train_step(parts, [tiny_batch([8])], 1)
-    assert parts.gate.after_update(1)
-    assert parts.gate.verdict is Verdict.OPEN
+    """LoRA's A has not had its turn: neither passed nor failed, with weight decay and without."""
+    for decay in (0.1, 0.0):
+        parts = make_parts(last_look=1)
+        for group in parts.optimizer.param_groups:
+            group["weight_decay"] = decay
+        train_step(parts, [tiny_batch([8])], 1)
+        assert not parts.gate.after_update(1)
+        assert parts.gate.verdict is Verdict.OPEN

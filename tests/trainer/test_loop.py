@@ -10,7 +10,7 @@ import torch
 from tests.conftest import ARMS, MakeParts, tiny_batch
 from trainer.data.loader import Batch
 from trainer.errors import TrainingStopped
-from trainer.events import CheckpointSaved, EvalDone, Event, GateLooked, Seen, StepDone
+from trainer.events import CheckpointSaved, EvalDone, Event, GatePassed, Seen, StepDone
 from trainer.loop import Cadence, EvalSet, Parts, derived_seed, evaluate, fit, train_step
 
 LENGTHS = (7, 12, 20, 9)
@@ -89,7 +89,7 @@ def test_events_come_in_a_fixed_order(make_parts: MakeParts, tmp_path: Path) -> 
     assert told == [
         ("EvalDone", 0),
         ("StepDone", 1),
-        ("GateLooked", 2),
+        ("GatePassed", 2),
         ("StepDone", 2),
         ("EvalDone", 2),
         ("CheckpointSavedbest", 2),
@@ -211,6 +211,17 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_par
     assert all(torch.equal(t.parameter, b) for t, b in zip(parts.trained, before, strict=True))
 
 
+def test_an_evaluation_that_is_not_finite_stops_the_run_and_names_its_records(
+    make_parts: MakeParts, tmp_path: Path
+) -> None:
+    """A model that gives NaN is lost; a run that went on would end well with it."""
+    steps = iter([[tiny_batch([8])]] * 2)
+    sets = {"eval": EvalSet(lambda: [poisoned(tiny_batch([8, 9], seed=7), 1)])}
+    timing = Cadence(total_steps=2, steps_per_epoch=2, eval_steps=frozenset({0}))
+    with pytest.raises(TrainingStopped, match=r"set eval is not finite after step 0, in 1 records: toy\.jsonl:701\."):
+        fit(make_parts(), steps, sets, timing, lambda seen, kind: CheckpointSaved(seen, kind, "", 1), lambda _: None)
+
+
 def test_clipping_scales_the_whole_gradient_to_the_limit_and_norms_are_those_before(make_parts: MakeParts) -> None:
     """A limit of 1e-3 against the same step without one: same direction, and the reported norm is unchanged."""
     free, tight = replace(make_parts(), max_grad_norm=1e9), replace(make_parts(), max_grad_norm=1e-3)
@@ -236,4 +247,4 @@ def test_each_purpose_has_its_own_stream() -> None:
 def test_the_gate_speaks_through_an_event(make_parts: MakeParts, tmp_path: Path) -> None:
     """Once, after the step that it waits for."""
     events = run_fit(make_parts(last_look=3), tmp_path)
-    assert [e.seen.step for e in events if isinstance(e, GateLooked)] == [3]
+    assert [e.seen.step for e in events if isinstance(e, GatePassed)] == [3]

@@ -1,12 +1,26 @@
 """A plan applied through PEFT: exactly the planned tensors train, in float32, and the loss is the model's own."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from peft.utils.other import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import ARMS, shapes_of, strategy, tiny_batch, tiny_model
 from trainer.errors import ModelError, TrainingStopped
-from trainer.model import SupervisedLoss, apply_plan, base_name_of, load_tools, read_config, trained_tensors
+from trainer.model import (
+    POCKET,
+    SupervisedLoss,
+    apply_plan,
+    base_name_of,
+    load_model,
+    load_tools,
+    prove,
+    read_config,
+    trained_tensors,
+)
 from trainer.strategy import Lora, Method, ParameterPlan, Strategy, Target, make_plan
 
 
@@ -122,6 +136,36 @@ def test_a_model_that_is_not_there_is_named(tmp_path: object) -> None:
         read_config(str(tmp_path))
     with pytest.raises(ModelError, match="random:2b, random:4b, random:8b, random:32b"):
         read_config("random:7b")
+
+
+def test_a_checkpoint_with_missing_weights_is_refused(tmp_path: Path) -> None:
+    """Transformers would fill the gap with random numbers, and every figure after that would be wrong."""
+    shutil.copytree(POCKET, tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    del weights["model.visual.blocks.20.mlp.linear_fc1.weight"]
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    tools = load_tools("pocket")
+    with pytest.raises(ModelError, match=r"1 tensors are missing.*blocks\.20\.mlp\.linear_fc1\.weight"):
+        load_model(str(tmp_path / "base"), tools, dtype=torch.float32, attn_impl="sdpa", seed=0)
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(ModelError, match="complete checkpoint"):
+        load_model(str(tmp_path / "base"), tools, dtype=torch.float32, attn_impl="sdpa", seed=0)
+
+
+def test_an_attention_that_is_not_installed_is_named() -> None:
+    """Not the model's folder, which is in order."""
+    with pytest.raises(ModelError, match=r"(?s)model\.attn_impl.*flash_attention_2"):
+        load_model("pocket", load_tools("pocket"), dtype=torch.float32, attn_impl="flash_attention_2", seed=0)
+
+
+def test_a_plan_that_counts_other_parameters_than_the_model_is_refused() -> None:
+    """Half of a LoRA pair frozen leaves all names in place and trains half of it."""
+    model = tiny_model()
+    plan = planned("last6_lora", model)
+    wrapped = apply_plan(model, plan, seed=1)
+    next(t for t in trained_tensors(wrapped) if t.behind_zero).parameter.requires_grad_(False)
+    with pytest.raises(TrainingStopped, match="PEFT trains"):
+        prove(wrapped, plan)
 
 
 def test_a_random_model_borrows_pockets_tokenizer() -> None:

@@ -18,6 +18,16 @@ def test_a_perfect_answer_scores_one() -> None:
     assert (score.f1, score.precision, score.recall, score.f1_attributes, score.class_accuracy) == (1, 1, 1, 1, 1)
 
 
+def test_the_truth_scores_one_whatever_its_shapes() -> None:
+    """A level line and a box that rounding has made flat have no area, and still find themselves."""
+    truth = [
+        ParsedObject("line", (0, 50, 90, 50), "kerb"),
+        ParsedObject("bbox_2d", (20, 20, 20, 40), "pole"),
+        ParsedObject("poly", (0, 0, 10, 0, 5, 8), "sign"),
+    ]
+    assert score_image(truth, truth).f1 == 1
+
+
 def test_no_answer_scores_zero() -> None:
     """Nothing predicted is no error of division."""
     score = score_image([], [thing(0, "seven")])

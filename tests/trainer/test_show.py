@@ -46,7 +46,7 @@ def test_the_rows_add_up_to_the_counts(plan: str) -> None:
     numbers = {(row[0], row[1]): int(row[3].replace(",", "")) for row in rows}
     assert numbers["vision", "full"] + numbers["aligner", "full"] + numbers["llm", "lora"] == trainable(plan)
     assert "8 a micro-batch x 4 accumulated x 1 rank = 32 samples" in plan
-    assert "ceil(40 / 32) = 2 an epoch; 6 in all, of which 2 warm-up" in plan
+    assert "ceil(40 / 32) = 2 an epoch; 3 epochs = 6 in all, of which 2 warm-up" in plan
 
 
 def trainable(plan: str) -> int:

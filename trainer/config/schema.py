@@ -95,7 +95,7 @@ class Training(Section):
     num_train_epochs: Annotated[float, Field(gt=0, le=10**6)] = 3.0
     """Passes over the training set; a fraction ends inside an epoch."""
     max_steps: Count | None = None
-    """Optimizer steps after which training ends, whatever the epochs say; null: the epochs decide."""
+    """Optimizer steps of the run, whatever the epochs say; null: the epochs decide."""
     early_stopping_patience: Count | None = None
     """Evaluations without a better eval loss after which training ends; null: never."""
     logging_steps: Count = 10
