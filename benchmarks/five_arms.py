@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,6 +21,8 @@ from mlflow.entities import Run
 from rich.progress import Progress
 
 from trainer import names
+from trainer.config.load import load
+from trainer.provenance import code_version
 from trainer.tracking import tracking_uri
 
 ROOT = Path(__file__).parents[1]
@@ -39,27 +41,45 @@ COLUMNS = {
 }
 
 
-def finished(client: MlflowClient) -> Iterator[Run]:
-    """The runs in the store that ended well."""
+def finished(client: MlflowClient, code: str | None) -> Iterator[Run]:
+    """The runs in the store that ended well, with the pocket profile as it is shipped, on this code (None: on any)."""
     experiment = client.get_experiment_by_name(names.EXPERIMENT)
     if experiment is not None:
         found = client.search_runs([experiment.experiment_id], "attributes.status = 'FINISHED'", max_results=1000)
-        yield from (run for run in found if run.data.tags.get(names.TAG_GATE) == "passed")
+        yield from (run for run in found if as_shipped(run) and code in (None, run.data.tags[names.TAG_CODE_VERSION]))
 
 
-def train(arm: str, seed: int, threads: int, more: list[str]) -> None:
+def as_shipped(run: Run) -> bool:
+    """Whether a run is one of the arms under the pocket profile, with nothing changed but the seed, its gate passed."""
+    tags, params = run.data.tags, run.data.params
+    if tags.get(names.TAG_STRATEGY) not in ARMS or tags.get(names.TAG_GATE) != "passed":
+        return False
+    shipped = load(tags[names.TAG_STRATEGY], overrides={"seed": tags[names.TAG_SEED]}).params()
+    return all(params.get(key) == value for key, value in shipped.items())
+
+
+def train(arm: str, seed: int, threads: int) -> None:
     """One run in a process of its own; what it prints goes to a file beside its output."""
     logs = Path("output") / "five_arms"
     logs.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "trainer", "run", arm, "--seed", str(seed), *more]
+    command = [sys.executable, "-m", "trainer", "run", arm, "--seed", str(seed)]
     with (logs / f"{arm}-{seed}.log").open("w") as log:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
 
 
 def table(runs: dict[tuple[str, int], Run], seeds: list[int]) -> str:
-    """Mean and standard deviation over seeds in Markdown, and the eval loss of each arm against the control by seed."""
-    lines = ["| arm | " + " | ".join(COLUMNS) + " | seconds |", "| --- |" + " --- |" * (len(COLUMNS) + 1)]
+    """In Markdown: mean and deviation over seeds, and the best eval loss of each arm against the control, by seed."""
+    commits = {run.data.tags[names.TAG_CODE_VERSION] for run in runs.values()}
+    lines = [
+        "# Five arms on pocket and digits",
+        "",
+        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; losses in nats per supervised token, "
+        "train loss smoothed. `seconds` are of training steps alone, measured with other runs beside them.",
+        f"Code: {', '.join(sorted(commits))}. Made by `python benchmarks/five_arms.py`.",
+        "",
+    ]
+    lines += ["| arm | " + " | ".join(COLUMNS) + " | seconds |", "| --- |" + " --- |" * (len(COLUMNS) + 1)]
     for arm in ARMS:
         cells = []
         for metric in (*COLUMNS.values(), names.TRAIN_SECONDS):
@@ -101,7 +121,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="17,18,19", help="comma-separated")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for five_arms.md and five_arms.png")
-    arguments, more = parser.parse_known_args()
+    parser.add_argument("--any-code", action="store_true", help="take runs of other commits too")
+    arguments = parser.parse_args()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri())
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
@@ -110,14 +131,17 @@ def main() -> None:
     def key(run: Run) -> tuple[str, int]:
         return run.data.tags[names.TAG_STRATEGY], int(run.data.tags[names.TAG_SEED])
 
-    have = {key(run) for run in finished(client)}
+    code = None if arguments.any_code else code_version()
+    have = {key(run) for run in finished(client, code)}
     missing = [(arm, seed) for seed in seeds for arm in ARMS if (arm, seed) not in have]
     with Progress() as progress, ThreadPoolExecutor(arguments.jobs) as pool:
         task = progress.add_task("runs", total=len(missing))
-        for done in [pool.submit(train, arm, seed, threads, more) for arm, seed in missing]:
-            done.add_done_callback(lambda _: progress.advance(task))
+        trained = [pool.submit(train, arm, seed, threads) for arm, seed in missing]
+        for done in as_completed(trained):
+            done.result()
+            progress.advance(task)
 
-    runs = {key(run): run for run in finished(client)}
+    runs = {key(run): run for run in finished(client, code)}
     runs = {(arm, seed): runs[arm, seed] for arm in ARMS for seed in seeds}
     arguments.out.mkdir(exist_ok=True)
     (arguments.out / "five_arms.md").write_text(table(runs, seeds), encoding="utf-8")
