@@ -120,7 +120,10 @@ class MlflowTracker:
                         log()
                 if status == "FAILED":
                     self.text("".join(traceback.format_exception(kind, error, trace)), names.ARTIFACT_TRACEBACK)
-            finally:  # whatever became of the artifact
+            except Exception:
+                status = "FAILED"
+                raise
+            finally:  # whatever became of the last words and the artifact
                 self._client.set_terminated(self.run_id, status)
 
 

@@ -1,5 +1,6 @@
 """The one door to MLflow, on a real SQLite store: what is written, which run is used, how it ends."""
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,7 +105,8 @@ def test_a_dataset_keeps_its_whole_digest_and_its_context(store: str) -> None:
     with open_run(run_name="r") as tracker:
         tracker.dataset("val", digest, "val.jsonl", "validation")
     (pair,) = only_run(store).inputs.dataset_inputs
-    assert (pair.dataset.name, pair.dataset.digest, pair.dataset.source) == ("val", digest, "val.jsonl")
+    assert (pair.dataset.name, pair.dataset.digest) == ("val", digest)
+    assert json.loads(pair.dataset.source) == {"uri": "val.jsonl"}  # the form that the MLflow UI reads
     assert [(tag.key, tag.value) for tag in pair.tags] == [("mlflow.data.context", "validation")]
 
 
@@ -245,6 +247,27 @@ def test_an_exception_ends_the_run_as_what_it_was(store: str, error: BaseExcepti
     if status == "FAILED":
         text = Path(MlflowClient(store).download_artifacts(run.info.run_id, names.ARTIFACT_TRACEBACK)).read_text()
         assert "raise error" in text and type(error).__name__ in text and str(error) in text
+
+
+def test_last_words_are_logged_however_a_run_ends(store: str) -> None:
+    """Also when one of them fails: it never hides what ended the run."""
+
+    def fails() -> None:
+        raise ValueError("a last word that cannot be said")
+
+    for error in (RuntimeError("first"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), open_run(run_name="r") as tracker:
+            tracker.at_end(fails)
+            tracker.at_end(lambda: tracker.tags({"training_gate": "open"}))
+            raise error
+        assert MlflowClient(store).get_run(tracker.run_id).data.tags["training_gate"] == "open"
+
+
+def test_a_run_whose_last_words_fail_is_not_finished(store: str) -> None:
+    """It lacks an artifact that it promises."""
+    with pytest.raises(ZeroDivisionError), open_run(run_name="r") as tracker:
+        tracker.at_end(lambda: print(1 / 0))
+    assert only_run(store).info.status == "FAILED"
 
 
 def test_a_failed_run_is_failed_even_if_its_traceback_cannot_be_stored(store: str, tmp_path: Path) -> None:
