@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from trainer import names
 from trainer.errors import TrackingError, UserError
 
-_PARAMS_A_CALL, _PARAM_LENGTH = 100, 6000  # MLflow's own limits
+_PARAM_LENGTH = 6000  # MLflow's own limit; whether it cuts or refuses what is longer is a setting of its user
 _SHORT_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}  # seconds
 _SECRET = re.compile(r"(?i)([?&][^=&]*(?:pass|pwd|token|secret)[^=&]*=)[^&#]*")
 
@@ -80,8 +80,7 @@ class MlflowTracker:
         """
         known = self._client.get_run(self.run_id).data.params
         new = [Param(key, value[:_PARAM_LENGTH]) for key, value in values.items() if key not in known]
-        for start in range(0, len(new), _PARAMS_A_CALL):
-            self._client.log_batch(self.run_id, params=new[start : start + _PARAMS_A_CALL])
+        self._client.log_batch(self.run_id, params=new)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags."""
