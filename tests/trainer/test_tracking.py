@@ -74,7 +74,7 @@ def test_params_that_are_already_there_stay_as_they_are(store: str) -> None:
 
 @pytest.mark.parametrize("cuts", ["true", "false"])
 def test_any_number_of_params_of_any_length_is_taken(store: str, monkeypatch: pytest.MonkeyPatch, cuts: str) -> None:
-    """More than the hundred that MLflow's store takes a call, and values longer than it keeps, whatever it is set to."""
+    """More than the hundred that a call takes, and values longer than are kept, whatever MLflow is set to."""
     monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", cuts)
     values = {f"section.key{i}": "x" * (7000 if i == 0 else i) for i in range(250)}
     with open_run(run_name="r") as tracker:
