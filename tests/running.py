@@ -4,6 +4,7 @@ import atexit
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -82,6 +83,12 @@ def trainer(
     )
 
 
+def answer_signals() -> None:
+    """In a new process: signals that whoever runs the tests ignores (nohup, a shell's background) count again."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start_trainer(*arguments: str, cwd: Path, store: str) -> subprocess.Popen[str]:
     """`python -m trainer ARGUMENTS` in the background, as the leader of its own process group."""
     return subprocess.Popen(
@@ -92,6 +99,7 @@ def start_trainer(*arguments: str, cwd: Path, store: str) -> subprocess.Popen[st
         stdout=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
+        preexec_fn=answer_signals,
     )
 
 

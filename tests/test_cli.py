@@ -193,11 +193,19 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stopped]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "exit_status"), zip(SIGNALS, [130, 143, 129, 130], strict=True), ids=list(SIGNALS))
-def test_a_stopped_training_is_killed_not_running(stopped: dict[str, Stopped], kind: str, exit_status: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "exit_statuses"),
+    # a signal that comes when the run is closed and the interpreter is leaving ends that at once, by itself
+    zip(SIGNALS, [{130}, {143}, {129}, {130, -signal.SIGINT, -signal.SIGTERM}], strict=True),
+    ids=list(SIGNALS),
+)
+def test_a_stopped_training_is_killed_not_running(
+    stopped: dict[str, Stopped], kind: str, exit_statuses: set[int]
+) -> None:
     """Status KILLED, the usual exit status, no traceback; the gate, cut short, says that it is open."""
     result = stopped[kind]
-    assert (result.exit_status, result.run_status, result.gate) == (exit_status, "KILLED", "open")
+    assert (result.run_status, result.gate) == ("KILLED", "open")
+    assert result.exit_status in exit_statuses
     assert "Traceback" not in result.rest_of_stderr
 
 

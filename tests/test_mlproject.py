@@ -14,7 +14,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from tests.running import ROOT, SMALL, empty_store, environment, runs_in
+from tests.running import ROOT, SMALL, answer_signals, empty_store, environment, runs_in
 from trainer import names
 from trainer.__main__ import cli
 from trainer.config.load import load
@@ -190,6 +190,7 @@ def test_ctrl_c_under_mlflow_run_ends_the_run(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command("frozen_vision", endless),
         cwd=tmp_path, env=environment(store), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+        preexec_fn=answer_signals,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 200
