@@ -12,10 +12,13 @@ import torch
 from accelerate import Accelerator
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from trainer.data.loader import Batch
-from trainer.data.template import mrope_positions
+from trainer.attention import PACKED_SDPA
+from trainer.data.loader import Batch, collate
+from trainer.data.template import Sample, mrope_positions
+from trainer.engine import Engine
+from trainer.events import Seen, StepDone
 from trainer.gate import Gate
-from trainer.loop import Parts
+from trainer.loop import Parts, train_step
 from trainer.model import SupervisedLoss, apply_plan, trained_tensors
 from trainer.optim import Schedule, make_optimizer
 from trainer.strategy import Lora, Method, Strategy, Target, make_plan
@@ -44,7 +47,9 @@ def strategy(arm: str, *, dropout: float = 0.0) -> Strategy:
     )
 
 
-def tiny_model(*, dtype: torch.dtype = torch.float32, seed: int = 0) -> Qwen3VLForConditionalGeneration:
+def tiny_model(
+    *, dtype: torch.dtype = torch.float32, seed: int = 0, attention: str = PACKED_SDPA
+) -> Qwen3VLForConditionalGeneration:
     """24 vision blocks with taps 5, 11, 17 and 4 LLM layers, all of width 32, random weights."""
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     config = Qwen3VLConfig(
@@ -73,7 +78,9 @@ def tiny_model(*, dtype: torch.dtype = torch.float32, seed: int = 0) -> Qwen3VLF
         video_token_id=6,
     )
     torch.manual_seed(seed)
-    return Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
+    model = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
+    model.set_attn_implementation({"text_config": attention, "vision_config": "sdpa"})
+    return model
 
 
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -81,35 +88,45 @@ def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def tiny_batch(lengths: Sequence[int], *, seed: int = 0) -> Batch:
-    """Samples of one 64x32 image (2 tokens) and `length` tokens of text each, the second half supervised."""
+def tiny_samples(
+    lengths: Sequence[int], *, seed: int = 0, grids: Sequence[tuple[int, int]] = ((2, 4),)
+) -> list[Sample]:
+    """Samples of one image each (`grids`: rows and columns of patches, in turn) and `length` tokens of text, the second
+    half of them supervised.
+    """
     generator = torch.Generator().manual_seed(seed)
-    rows, masks, positions, pixels = [], [], [], []
-    grid = torch.tensor([[1, 2, 4]])
-    for length in lengths:
+    samples = []
+    for index, length in enumerate(lengths):
+        height, width = grids[index % len(grids)]
         text = torch.randint(10, VOCABULARY, (length,), generator=generator)
-        ids = torch.cat([text[:2], torch.tensor([IMAGE_ID, IMAGE_ID]), text[2:]])
-        mask = torch.zeros(len(ids), dtype=torch.bool)
-        mask[-(length // 2) :] = True
-        rows.append(ids)
-        masks.append(mask)
-        mrope = mrope_positions(ids == IMAGE_ID, grid, 2)
-        positions.append(torch.cat([torch.arange(len(ids))[None], mrope]))
-        pixels.append(torch.randn(8, 3 * 2 * 16 * 16, generator=generator))
-    pad = torch.nn.utils.rnn.pad_sequence
-    return Batch(
-        record_ids=tuple(f"toy.jsonl:{seed * 100 + i}" for i in range(len(lengths))),
-        domains=tuple("ab"[i % 2] for i in range(len(lengths))),
-        input_ids=pad(rows, True, PAD_ID),
-        attention_mask=pad([torch.ones_like(row) for row in rows], True, 0),
-        supervised=pad(masks, True, False),
-        position_ids=pad([p.T for p in positions], True, 0).permute(2, 0, 1).contiguous(),
-        pixel_values=torch.cat(pixels),
-        image_grid_thw=grid.repeat(len(lengths), 1),
-    )
+        ids = torch.cat([text[:2], torch.full((height * width // 4,), IMAGE_ID), text[2:]])
+        grid = torch.tensor([[1, height, width]])
+        samples.append(
+            Sample(
+                record_id=f"toy.jsonl:{seed * 100 + index}",
+                input_ids=ids,
+                supervised=torch.arange(len(ids)) >= len(ids) - length // 2,
+                image_tokens=ids == IMAGE_ID,
+                position_ids=mrope_positions(ids == IMAGE_ID, grid, 2),
+                pixel_values=torch.randn(height * width, 3 * 2 * 16 * 16, generator=generator),
+                image_grid_thw=grid,
+                domain="ab"[index % 2],
+            )
+        )
+    return samples
+
+
+def tiny_batch(lengths: Sequence[int], *, seed: int = 0, packed: bool = False) -> Batch:
+    """`tiny_samples` in one batch, padded or packed."""
+    return collate(tiny_samples(lengths, seed=seed), PAD_ID, packed=packed)
 
 
 MakeParts = Callable[..., Parts]
+
+
+def take_step(parts: Parts, micro_batches: Sequence[Batch], step: int) -> StepDone:
+    """Optimizer step number `step` (from 1), of an epoch of four samples."""
+    return train_step(parts, micro_batches, Seen(step=step - 1), n_samples=4)
 
 
 @pytest.fixture
@@ -132,18 +149,13 @@ def make_parts() -> MakeParts:
             model.train()
         trained = list(trained_tensors(model))
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        accelerator = Accelerator(cpu=True)
-        loss, optimizer = accelerator.prepare(SupervisedLoss(model), make_optimizer(trained, weight_decay=0.1))
+        optimizer = make_optimizer(trained, weight_decay=0.1)
         return Parts(
-            accelerator=accelerator,
-            model=loss,
-            optimizer=optimizer,
+            engine=Engine(Accelerator(cpu=True), SupervisedLoss(model), optimizer, trained, max_grad_norm=0.5),
             schedule=Schedule(
                 {"vision": learning_rate, "aligner": learning_rate, "llm": learning_rate}, 1e-6, 2, total_steps
             ),
-            trained=trained,
             gate=Gate(trained, frozen, last_look=last_look),
-            max_grad_norm=0.5,
             seed=17,
         )
 

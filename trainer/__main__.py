@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
+from trainer import launch
 from trainer.errors import TrainingStopped, UserError
 
 EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 3, 130
@@ -67,13 +68,20 @@ def run(context: click.Context, config: str, profile: str | None, **short: str |
         _quiet_libraries()
         from trainer import tracking  # MLflow and torch are imported only after the configuration is known to be right
 
-        tracking.reach_store()
+        if launch.is_first():
+            tracking.reach_store()
+        if resolved.config.launch.nproc > 1 and not launch.is_rank():
+            if status := launch.start(resolved.config.launch.nproc, sys.argv[1:]):
+                raise SystemExit(status)
+            return
         from trainer import run as root
         from trainer.show import show_outcome
 
-        show_outcome(root.run(resolved))
+        outcome = root.run(resolved)
+        if launch.is_first():
+            show_outcome(outcome)
     except BaseException as error:
-        if os.environ.get("MLFLOW_RUN_ID"):
+        if os.environ.get("MLFLOW_RUN_ID") and launch.is_first():
             from trainer.tracking import abandon
 
             abandon(error)
@@ -109,7 +117,7 @@ def _resolve(context: click.Context, config: str, profile: str | None, short: di
 
     given = {key: value for key, value in short.items() if value}
     resolved = load(config, profile=profile or None, overrides=given | _overrides(context.args))
-    for line in (*resolved.warnings, *resolved.no_effect):
+    for line in (*resolved.warnings, *resolved.no_effect) if launch.is_first() else ():
         click.echo(line, err=True)
     return resolved
 
@@ -131,7 +139,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|accelerate|torch\.distributed")
     for name in ("alembic", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     from transformers.utils import logging as transformers_logging

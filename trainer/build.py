@@ -1,77 +1,30 @@
 """Turns sections of the configuration into the values and objects that everything below takes: where config stops."""
 
 import json
-import math
-import os
 import re
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 
+from trainer import launch
+from trainer.budget import Budget, budget_from, schedule_from
 from trainer.config.problems import Problem, place, raise_if_any
 from trainer.config.resolved import Resolved
 from trainer.config.schema import Config
-from trainer.data import loader
-from trainer.data.digits import ensure_digits
-from trainer.data.exchange import exchange_images
-from trainer.data.loader import SampleSet, collate, eval_batches, steps_per_epoch
-from trainer.data.prompts import Taxonomy
-from trainer.data.records import Record, RecordSet, read_records
+from trainer.config.zero import zero_settings
 from trainer.data.template import Encoder
-from trainer.errors import ConfigError, DataError
-from trainer.events import EVAL, EXCHANGED, OOD, PROBE
-from trainer.loop import Cadence, EvalSet
+from trainer.datasets import Data, check_lengths, make_encoder, read_data
+from trainer.engine import Engine
+from trainer.errors import ConfigError
 from trainer.metrics import Meter
-from trainer.model import Tools, load_tools, parameter_shapes
+from trainer.model import SupervisedLoss, Tools, TrainedTensor, load_tools, parameter_shapes
 from trainer.optim import Schedule
 from trainer.strategy import Lora, Method, ParameterPlan, Part, Strategy, Target, make_plan
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """The validated records of one run."""
-
-    train: RecordSet
-    val: RecordSet
-    ood: RecordSet | None
-    taxonomy: Taxonomy | None
-
-    def sets(self) -> dict[str, RecordSet]:
-        """`train`, `val` and, where there is one, `ood`."""
-        return {"train": self.train, "val": self.val} | ({"ood": self.ood} if self.ood is not None else {})
-
-    def probe(self, count: int) -> tuple[Record, ...]:
-        """`count` training records evenly spread over the file: the same for every seed and arm."""
-        records = self.train.records
-        count = min(count, len(records))
-        return tuple(records[i * len(records) // count] for i in range(count))
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """How long training is and what one step holds."""
-
-    samples: int
-    micro_batch: int
-    accumulation: int
-    steps_per_epoch: int
-    total_steps: int
-    warmup_steps: int
-
-    @property
-    def effective_batch(self) -> int:
-        """Samples (packs, when packing) in one optimizer step."""
-        return self.micro_batch * self.accumulation
-
-    @property
-    def gate_look(self) -> int:
-        """The step after which the gate looks at the weights: the end of warm-up or of training, but not before step 2,
-        since LoRA's A stands still in the first.
-        """
-        return min(max(2, self.warmup_steps), self.total_steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +39,10 @@ class Prepared:
     data: Data
     budget: Budget
     schedule: Schedule
+    zero: dict[str, Any] | None
+    """DeepSpeed's settings; None where it is off."""
+    no_effect: tuple[str, ...]
+    """A line for each of those settings that changes nothing here."""
 
 
 def prepare(resolved: Resolved) -> Prepared:
@@ -96,14 +53,16 @@ def prepare(resolved: Resolved) -> Prepared:
     """
     refuse_unbuilt(resolved)
     config = resolved.config
+    zero, no_effect = zero_from(resolved)
     shapes = parameter_shapes(config.model.model)
     plan = make_plan(strategy_from(config), shapes, origins=resolved.origins)
     data = read_data(config)
     tools = load_tools(config.model.model)
     encoder = make_encoder(config, tools, data.taxonomy)
     data = check_lengths(config, data, encoder)
-    budget = budget_from(config, len(data.train.records))
-    return Prepared(arm_name(resolved), plan, tools, encoder, data, budget, schedule_from(config, budget))
+    budget = budget_from(config, tuple(encoder.length(record) for record in data.train.records))
+    schedule = schedule_from(config, budget)
+    return Prepared(arm_name(resolved), plan, tools, encoder, data, budget, schedule, zero, no_effect)
 
 
 def arm_name(resolved: Resolved) -> str:
@@ -134,19 +93,52 @@ def make_output_folder(parent: str, run_name: str) -> Path:
     return folder
 
 
-def one_process(accelerator: Accelerator) -> Accelerator:
-    """Refuse ranks that another launcher has started, and settings that its environment brings along.
+def zero_from(resolved: Resolved) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """DeepSpeed's settings, None where it is off, and what of them changes nothing.
 
     Raises:
-        ConfigError: more than one process.
+        ConfigError: they cannot be read, or ask for what ZeRO-2 is not.
     """
-    if accelerator.num_processes > 1:
-        raise ConfigError(
-            "the launcher", f"{accelerator.num_processes} ranks", "one rank (this version has nothing else yet)",
-            "start one process, without torchrun or accelerate launch",
-        )  # fmt: skip
-    accelerator.gradient_accumulation_steps = 1  # we divide by the tokens of the whole step ourselves
+    asked = resolved.config.deepspeed
+    key = "deepspeed.config"
+    return zero_settings(asked.config, place(resolved.origins[key], key)) if asked.enabled else (None, ())
+
+
+def join_ranks(prepared: Prepared, config: Config) -> Accelerator:
+    """This rank's accelerator, for DeepSpeed where that is on.
+
+    Raises:
+        ConfigError: another number of ranks was started than the configuration says.
+    """
+
+    def make_zero() -> Accelerator:
+        from trainer.zero2 import deepspeed_accelerator  # seconds of imports that most runs do not need
+
+        assert prepared.zero is not None  # noqa: S101
+        return deepspeed_accelerator(
+            prepared.zero,
+            micro_batch=prepared.budget.plan.micro_batch,
+            max_grad_norm=config.training.max_grad_norm,
+            n_trained=prepared.plan.trainable_parameters()["total"],
+        )
+
+    accelerator: Accelerator = launch.join(config.launch.nproc, make_zero if prepared.zero is not None else None)
     return accelerator
+
+
+def make_engine(
+    accelerator: Accelerator,
+    loss: SupervisedLoss,
+    optimizer: torch.optim.Optimizer,
+    trained: Sequence[TrainedTensor],
+    config: Config,
+) -> Engine:
+    """What trains the model on this rank: with DeepSpeed, or without."""
+    if not config.deepspeed.enabled:
+        return Engine(accelerator, loss, optimizer, trained, max_grad_norm=config.training.max_grad_norm)
+    from trainer.zero2 import ZeroEngine
+
+    return ZeroEngine(accelerator, loss, optimizer, trained, max_grad_norm=config.training.max_grad_norm)
 
 
 def refuse_unbuilt(resolved: Resolved) -> None:
@@ -156,13 +148,8 @@ def refuse_unbuilt(resolved: Resolved) -> None:
         ConfigError: naming every such setting.
     """
     config = resolved.config
-    training, augmentation = config.training, config.custom.augmentation
     unbuilt = {
-        "training.packing": (training.packing, "false"),
-        "training.early_stopping_patience": (training.early_stopping_patience is not None, "null"),
-        "deepspeed.enabled": (config.deepspeed.enabled, "false"),
-        "launch.nproc": (config.launch.nproc > 1, "1"),
-        "custom.augmentation.enabled": (augmentation.enabled, "false"),
+        "custom.augmentation.enabled": (config.custom.augmentation.enabled, "false"),
         "custom.images_per_user_turn": (config.custom.images_per_user_turn > 1, "1"),
         **{f"tuner.{key}": (True, "a strategy section instead") for key in config.raw_strategy},
     }
@@ -190,117 +177,20 @@ def strategy_from(config: Config) -> Strategy:
     )
 
 
-def cache_folder() -> Path:
-    """Where the built-in data is kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vision-tower-experiments"
+def computes_in_bf16(config: Config) -> bool:
+    """Whether forward and backward run under autocast: trained tensors are float32, so a bf16 base needs it too."""
+    return config.training.bf16 or config.model.torch_dtype == "bfloat16"
 
 
-def mixed_precision(config: Config) -> str:
-    """What accelerate computes in: trained tensors are float32, so a bf16 base needs autocast too."""
-    return "bf16" if config.training.bf16 or config.model.torch_dtype == "bfloat16" else "no"
-
-
-def read_data(config: Config) -> Data:
-    """Read and validate all records; the built-in digits where no file is given.
-
-    Raises:
-        DataError: naming every bad record.
-    """
-    custom, digits = config.custom, config.custom.digits
-    train, val, ood, taxonomy = custom.train_jsonl, custom.val_jsonl, custom.ood_jsonl, custom.taxonomy
-    if train is None or val is None:
-        try:
-            paths = ensure_digits(
-                cache_folder(), seed=digits.seed, n_train=digits.train, n_val=digits.val, n_ood=digits.ood
-            )
-        except OSError as error:
-            raise DataError(
-                "the built-in data",
-                f"{cache_folder()}: {error.strerror}",
-                "a folder that can be written",
-                "set XDG_CACHE_HOME to one",
-            ) from None
-        train, val, taxonomy = str(paths.train), str(paths.val), taxonomy or str(paths.taxonomy)
-        ood = str(paths.ood) if digits.ood else None
-    return Data(
-        train=read_records(Path(train), on_bad_record=custom.on_bad_record),
-        val=read_records(Path(val), on_bad_record=custom.on_bad_record),
-        ood=read_records(Path(ood), on_bad_record=custom.on_bad_record) if ood else None,
-        taxonomy=Taxonomy.read(Path(taxonomy)) if taxonomy else None,
-    )
-
-
-def make_encoder(config: Config, tools: Tools, taxonomy: Taxonomy | None) -> Encoder:
-    """What turns records into samples."""
-    return Encoder(
-        tools.tokenizer,
-        tools.image_processor,
-        scheme=config.prompts.scheme,
-        language=config.prompts.language,
-        emit_norm=config.custom.emit_norm,
-        taxonomy=taxonomy,
-        max_length=config.max_length,
-        truncation=config.template.truncation_strategy,
-        max_pixels=config.template.max_pixels,
-    )
-
-
-def check_lengths(config: Config, data: Data, encoder: Encoder) -> Data:
-    """The records that can be encoded.
-
-    Raises:
-        DataError: naming every record that cannot, unless bad records are skipped.
-    """
-    skip = config.custom.on_bad_record
-    return replace(
-        data,
-        train=loader.check_lengths(data.train, encoder, on_bad_record=skip),
-        val=loader.check_lengths(data.val, encoder, on_bad_record=skip),
-        ood=data.ood and loader.check_lengths(data.ood, encoder, on_bad_record=skip),
-    )
-
-
-def budget_from(config: Config, samples: int) -> Budget:
-    """Optimizer steps and batch sizes for a number of training samples."""
+def checkpointed_parts(config: Config) -> list[Part]:
+    """The parts whose layers are run again in the backward pass."""
     training = config.training
-    micro, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    per_epoch = steps_per_epoch(samples, micro, accumulation)
-    total = training.max_steps or _ceil(training.num_train_epochs * per_epoch)
-    return Budget(samples, micro, accumulation, per_epoch, total, _ceil(training.warmup_ratio * total))
-
-
-def _ceil(product: float) -> int:
-    """Rounded up, but not for the last bit of a float product: 0.07 * 100 is 7, not 8."""
-    return math.ceil(round(product, 9))
-
-
-def cadence_from(config: Config, budget: Budget) -> Cadence:
-    """When evaluating and saving are due; step 0 is evaluated too, so that every curve starts at the base model."""
-    training, total = config.training, budget.total_steps
-    saves = {
-        "best": range(0),
-        "steps": range(training.save_steps, total, training.save_steps),
-        "epoch": range(budget.steps_per_epoch, total, budget.steps_per_epoch),
-    }[training.save_strategy]
-    return Cadence(
-        total_steps=total,
-        steps_per_epoch=budget.steps_per_epoch,
-        eval_steps=frozenset(range(0, total, training.eval_steps)),
-        save_steps=frozenset(step for step in saves if step >= training.save_delay_steps),
-        save_best_from=max(1, min(training.save_delay_steps, total)),
-    )
-
-
-def schedule_from(config: Config, budget: Budget) -> Schedule:
-    """Peaks and floor, each times `lr_scale`."""
-    training = config.training
-    peaks = {Part.VISION: training.vit_lr, Part.ALIGNER: training.aligner_lr, Part.LLM: training.learning_rate}
-    return Schedule(
-        peaks={part.value: peak * training.lr_scale for part, peak in peaks.items()},
-        floor=training.lr_scheduler_kwargs.min_lr * training.lr_scale,
-        warmup_steps=budget.warmup_steps,
-        total_steps=budget.total_steps,
-    )
+    vision = training.vit_gradient_checkpointing
+    wanted = {
+        Part.VISION: training.gradient_checkpointing if vision is None else vision,
+        Part.LLM: training.gradient_checkpointing,
+    }
+    return [part for part, on in wanted.items() if on]
 
 
 def meter_from(config: Config, total_steps: int) -> Meter:
@@ -311,23 +201,3 @@ def meter_from(config: Config, total_steps: int) -> Meter:
         total_steps=total_steps,
         smoothing=config.tracking.smoothing_weight,
     )
-
-
-def eval_sets_from(config: Config, data: Data, encoder: Encoder) -> Mapping[str, EvalSet]:
-    """The sets that are evaluated again and again; each is encoded once."""
-    tracking, size = config.tracking, config.training.per_device_eval_batch_size
-
-    def plain(records: tuple[Record, ...]) -> EvalSet:
-        samples = SampleSet(records, encoder)
-        return EvalSet(lambda: eval_batches(samples, batch_size=size))
-
-    sets = {EVAL: plain(data.val.records)}
-    if tracking.probe_records:
-        sets[PROBE] = plain(data.probe(tracking.probe_records))
-    if data.ood is not None:
-        sets[OOD] = plain(data.ood.records)
-    subset = data.val.records[: tracking.vision_gain_records]
-    if exchanged := exchange_images(encoder.encode(record) for record in subset):
-        batches = [collate(exchanged[i : i + size], encoder.pad_id) for i in range(0, len(exchanged), size)]
-        sets[EXCHANGED] = EvalSet(lambda: batches, every=tracking.vision_gain_every)
-    return sets

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -19,30 +20,37 @@ _WEIGHTS = "adapter_model.safetensors"
 class Saver:
     """Saves one run's checkpoints as `root/KIND` and keeps as many `step-N` as allowed."""
 
-    def __init__(self, model: PeftModel, root: Path, *, keep: int | None) -> None:
+    def __init__(self, model: PeftModel, root: Path, *, keep: int | None, accelerator: Accelerator) -> None:
         """Save `model` below `root`.
 
         Args:
             model: the PEFT model; only its adapter is written.
             root: the folder; made when first needed.
             keep: checkpoints of training in progress, `best` among them; older `step-N` are removed. None keeps all.
+            accelerator: the first rank writes, the others wait for it.
         """
-        self._model, self._root, self._keep = model, root, keep
+        self._model, self._root, self._keep, self._accelerator = model, root, keep, accelerator
         self._steps: list[Path] = []
 
     def __call__(self, seen: Seen, kind: str) -> CheckpointSaved:
         """Write the adapter as it is now; an older one of the same kind is replaced."""
         folder = self._root / kind
-        size = write_adapter(self._model, folder, {"kind": kind, "step": seen.step, "samples_seen": seen.samples})
-        if kind.startswith("step-"):
-            self._steps.append(folder)
+        if self._accelerator.is_main_process:
+            write_adapter(self._model, folder, {"kind": kind, "step": seen.step, "samples_seen": seen.samples})
+            self._forget(folder)
+        self._accelerator.wait_for_everyone()
+        return CheckpointSaved(seen, kind, str(folder), sum(p.stat().st_size for p in folder.iterdir()))
+
+    def _forget(self, newest: Path) -> None:
+        """Remove the oldest `step-N` beyond those that are kept."""
+        if newest.name.startswith("step-"):
+            self._steps.append(newest)
             while self._keep is not None and len(self._steps) > max(1, self._keep - 1):
                 shutil.rmtree(self._steps.pop(0))
-        return CheckpointSaved(seen, kind, str(folder), size)
 
 
-def write_adapter(model: PeftModel, folder: Path, facts: dict[str, Any]) -> int:
-    """Write an adapter aside, sync it, and put it in place of `folder`; returns its size in bytes.
+def write_adapter(model: PeftModel, folder: Path, facts: dict[str, Any]) -> None:
+    """Write an adapter aside, sync it, and put it in place of `folder`.
 
     What stands under the name is never half an adapter; for a moment between two renames it may be absent.
     """
@@ -61,7 +69,6 @@ def write_adapter(model: PeftModel, folder: Path, facts: dict[str, Any]) -> int:
         folder.rename(old)
     aside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-    return sum(p.stat().st_size for p in folder.iterdir())
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:

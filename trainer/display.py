@@ -8,16 +8,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from trainer import names
-from trainer.events import CheckpointSaved, EvalDone, Event, GatePassed, StepDone
+from trainer.events import CheckpointSaved, EvalDone, Event, GatePassed, StepDone, StoppedEarly
 
 
 class Display:
     """Writes to standard error, so that standard output stays for results."""
 
-    def __init__(self, total_steps: int, console: Console | None = None) -> None:
-        """Show `total_steps` optimizer steps."""
-        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self._live = self._console.is_terminal
+    def __init__(self, total_steps: int, console: Console | None = None, *, quiet: bool = False) -> None:
+        """Show `total_steps` optimizer steps; `quiet` shows nothing (ranks other than the first)."""
+        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+        self._live = self._console.is_terminal and not quiet
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -48,6 +48,9 @@ class Display:
                 self._line(event.seen.step, f"saved {event.kind} ({event.size_bytes / 1e6:.1f} MB)")
             case GatePassed():
                 self._line(event.seen.step, "training gate passed: every planned tensor trains, no other has changed")
+            case StoppedEarly():
+                no_better = f"no better eval loss in {event.evaluations} evaluations"
+                self._line(event.seen.step, f"stopped early: {no_better}", always=True)
 
     def say(self, text: str) -> None:
         """One line about what happens after training."""

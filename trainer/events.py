@@ -1,5 +1,6 @@
 """What the loop tells the outside: frozen events, emitted in order, that tracking, display and tests listen to."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -45,17 +46,17 @@ class RecordLosses:
     token_counts: tuple[int, ...]
 
     def mean(self) -> float:
-        """Nats per supervised token over the whole set."""
-        return sum(self.loss_sums) / sum(self.token_counts)
+        """Nats per supervised token over the whole set; the same in whatever order the records stand."""
+        return math.fsum(self.loss_sums) / sum(self.token_counts)
 
     def mean_by_domain(self) -> dict[str, float]:
         """Nats per supervised token of each domain that occurs."""
-        sums: dict[str, tuple[float, int]] = {}
+        sums: dict[str, tuple[list[float], int]] = {}
         for domain, loss, count in zip(self.domains, self.loss_sums, self.token_counts, strict=True):
             if domain is not None:
-                old_loss, old_count = sums.get(domain, (0.0, 0))
-                sums[domain] = (old_loss + loss, old_count + count)
-        return {domain: loss / count for domain, (loss, count) in sorted(sums.items())}
+                losses, tokens = sums.setdefault(domain, ([], 0))
+                sums[domain] = ([*losses, loss], tokens + count)
+        return {domain: math.fsum(losses) / count for domain, (losses, count) in sorted(sums.items())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,4 +87,12 @@ class GatePassed:
     seen: Seen
 
 
-Event = StepDone | EvalDone | CheckpointSaved | GatePassed
+@dataclass(frozen=True, slots=True)
+class StoppedEarly:
+    """Training ends here: for `evaluations` evaluations the eval loss has not become better."""
+
+    seen: Seen
+    evaluations: int
+
+
+Event = StepDone | EvalDone | CheckpointSaved | GatePassed | StoppedEarly

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer import names, provenance
+from trainer.budget import Budget
 from trainer.build import Prepared
 from trainer.checkpoint import MANIFEST
 from trainer.config.resolved import Resolved
@@ -83,8 +84,15 @@ def log_record_losses(tracker: Tracker, evaluations: Mapping[str, EvalDone]) -> 
         tracker.file(path)
 
 
-def log_checkpoints(tracker: Tracker, checkpoints: Mapping[str, CheckpointSaved]) -> None:
-    """Where the checkpoints are, and their manifests."""
+def result_of(checkpoints: Mapping[str, CheckpointSaved], best: bool) -> CheckpointSaved:
+    """The checkpoint that a run hands on: the one at the lowest eval loss where `best` is wanted, else the last."""
+    return checkpoints["best" if best and "best" in checkpoints else "last"]
+
+
+def log_checkpoints(tracker: Tracker, checkpoints: Mapping[str, CheckpointSaved], best: bool) -> None:
+    """Where the checkpoints are, their manifests, and which of them is the run's result."""
+    if "last" in checkpoints:
+        tracker.tags({names.TAG_RESULT: result_of(checkpoints, best).kind})
     manifests = {
         kind: {"path": saved.path, **json.loads((Path(saved.path) / MANIFEST).read_text(encoding="utf-8"))}
         for kind, saved in checkpoints.items()
@@ -114,8 +122,18 @@ def description(resolved: Resolved, prepared: Prepared) -> str:
             *rows,
             "",
             f"{budget.samples} training and {len(data.val.records)} validation records; {budget.total_steps} optimizer "
-            f"steps of {budget.micro_batch} x {budget.accumulation} = {budget.effective_batch} samples.",
+            f"steps of {batch_arithmetic(budget)}.",
         ]
+    )
+
+
+def batch_arithmetic(budget: Budget) -> str:
+    """`2 packs a micro-batch x 2 accumulated x 1 rank = 4 packs`."""
+    plan = budget.plan
+    noun = "samples" if plan.capacity is None else "packs"
+    ranks = "1 rank" if plan.ranks == 1 else f"{plan.ranks} ranks"
+    return f"{plan.micro_batch} {noun} a micro-batch x {plan.accumulation} accumulated x {ranks} = " + (
+        f"{budget.effective_batch} {noun}"
     )
 
 

@@ -1,10 +1,10 @@
 """After training: generates captions at the final and the best checkpoint and scores them."""
 
+import time
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 
@@ -12,8 +12,9 @@ from trainer import names
 from trainer.checkpoint import load_adapter
 from trainer.data.records import Record
 from trainer.data.template import Encoder
+from trainer.engine import Engine
 from trainer.facts import captions_text
-from trainer.generation import Caption, caption, longest_answer
+from trainer.generation import Caption, answer_lengths, caption
 from trainer.reporter import Reporter
 from trainer.scoring import Score
 from trainer.tracking import Tracker
@@ -24,7 +25,7 @@ _SPARE_TOKENS = 16
 
 def score_checkpoints(
     model: PeftModel,
-    tokenizer: Any,
+    engine: Engine,
     encoder: Encoder,
     records: Sequence[Record],
     reporter: Reporter,
@@ -35,11 +36,10 @@ def score_checkpoints(
     """Caption `records` with the best checkpoint and with the last, log the scores and keep the captions.
 
     The best comes first where it lies before the last, so that rows come in the order of steps. Afterwards the model
-    holds the weights of the last.
+    holds the weights of the last. Ranks share the records.
     """
     if not records:
         return
-    limit = longest_answer(tokenizer, encoder, records) + _SPARE_TOKENS
     done: set[int] = set()
     for kind in ("best", "last"):
         saved = reporter.checkpoints.get(kind)
@@ -48,9 +48,24 @@ def score_checkpoints(
         done.add(saved.seen.step)
         reporter.say(f"captioning {len(records)} validation records with the {kind} checkpoint")
         load_adapter(model, Path(saved.path))
-        captions = list(caption(model, tokenizer, encoder, records, batch_size=batch_size, max_new_tokens=limit))
-        reporter.log(_row(captions), saved.seen.step)
+        started = time.perf_counter()
+        captions = caption_all(model, engine, encoder, records, batch_size=batch_size)
+        row = {**_row(captions), names.GENERATION_SECONDS: time.perf_counter() - started}
+        reporter.log(row, saved.seen.step)
         tracker.text(captions_text(captions), f"{kind}_{names.ARTIFACT_PREDICTIONS}")
+
+
+def caption_all(
+    model: PeftModel, engine: Engine, encoder: Encoder, records: Sequence[Record], *, batch_size: int
+) -> list[Caption]:
+    """Captions of all records in their order; long ones are generated together, so that a batch ends together."""
+    lengths = answer_lengths(encoder, records)
+    by_length = sorted(range(len(records)), key=lambda index: -lengths[index])
+    share = [records[index] for index in by_length[engine.rank :: engine.ranks]]
+    limit = max(lengths) + _SPARE_TOKENS
+    mine = caption(model, encoder, share, batch_size=batch_size, max_new_tokens=limit)
+    by_id = {made.record_id: made for made in engine.gather(list(mine))}
+    return [by_id[record.id] for record in records]
 
 
 def _row(captions: Sequence[Caption]) -> dict[str, float]:

@@ -12,7 +12,7 @@ error, while the loss still falls because aligner and LLM learn. The gate takes 
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -50,7 +50,7 @@ class Gate:
         Args:
             trained: the tensors that the plan calls trainable.
             frozen: name -> every other tensor of the model.
-            last_look: the optimizer step after which the weights are looked at.
+            last_look: the optimizer step after which the weights are looked at; the last one where that comes first.
         """
         self._trained, self._frozen = trained, frozen
         self._last_look = last_look
@@ -59,10 +59,14 @@ class Gate:
         self._gradient_norms: dict[str, float] = {}
         self._update_norms: dict[str, float] = {}
         self._faults: dict[str, str] = {}
-        self._seen_weights = False
+        self._seen_weights, self._looked_after = False, last_look
 
-    def before_update(self, step: int) -> None:
-        """Look at the gradients of optimizer step `step` (from 1), complete and not yet clipped.
+    def before_update(self, step: int, gradient_of: Callable[[TrainedTensor], Tensor | None]) -> None:
+        """Look at the gradients of an optimizer step.
+
+        Args:
+            step: counted from 1.
+            gradient_of: a tensor's gradient over the whole step, not yet clipped.
 
         Raises:
             GateFailed: a trained tensor has no, a zero or a non-finite gradient, or a frozen one has any.
@@ -71,24 +75,32 @@ class Gate:
             return
         for tensor in self._trained:
             if tensor.behind_zero == (step == 2):
-                self._judge_gradient(tensor)
+                self._judge_gradient(tensor, gradient_of(tensor))
         for name, parameter in self._frozen.items():
             if parameter.grad is not None:
                 self._faults[name] = "frozen, but it has a gradient"
         self._stop_on_faults("gradients", step)
 
-    def after_update(self, step: int) -> bool:
-        """Look at the weights if `step` is the one for it; returns whether the gate has passed by that.
+    def after_update(self, step: int, weight_of: Callable[[TrainedTensor], Tensor], *, last: bool = False) -> bool:
+        """Look at the weights if it is time and they have not been looked at.
+
+        Args:
+            step: updates so far.
+            weight_of: the float32 values that the optimizer updates.
+            last: whether no update follows; then it is time.
+
+        Returns:
+            Whether the gate has passed by this look.
 
         Raises:
             GateFailed: a trained tensor is as it started, or a frozen one is not.
         """
-        if step != self._last_look:
+        if self._seen_weights or not (last or step == self._last_look):
             return False
         for tensor in self._trained:
             if tensor.behind_zero and step < 2:
                 continue  # its turn would have been the second step
-            change = (tensor.parameter.detach().cpu() - self._start[tensor.name]).norm().item()
+            change = (weight_of(tensor).cpu() - self._start[tensor.name]).norm().item()
             self._update_norms[tensor.name] = change
             if not change > 0:
                 self._faults[tensor.name] = f"planned {tensor.method}, but {step} updates left it as it was"
@@ -96,7 +108,7 @@ class Gate:
             if digest(parameter) != self._frozen_digests[name]:
                 self._faults[name] = "frozen, but its bytes have changed"
         self._stop_on_faults("weights", step)
-        self._seen_weights = True
+        self._seen_weights, self._looked_after = True, step
         self._start.clear()
         return self.verdict is Verdict.PASSED
 
@@ -112,7 +124,7 @@ class Gate:
         """The numbers behind the verdict: norms of each tensor's first gradient, and of its whole update so far."""
         return {
             "verdict": self.verdict.value,
-            "weights_looked_at_after_step": self._last_look,
+            "weights_looked_at_after_step": self._looked_after,
             "faults": self._faults,
             "trained": {
                 t.name: {
@@ -126,8 +138,7 @@ class Gate:
             "frozen": self._frozen_digests,
         }
 
-    def _judge_gradient(self, tensor: TrainedTensor) -> None:
-        gradient = tensor.parameter.grad
+    def _judge_gradient(self, tensor: TrainedTensor, gradient: Tensor | None) -> None:
         if gradient is None:
             self._faults[tensor.name] = f"planned {tensor.method}, but it has no gradient"
             return

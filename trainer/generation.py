@@ -24,13 +24,12 @@ class Caption:
 
 
 def caption(
-    model: Any, tokenizer: Any, encoder: Encoder, records: Sequence[Record], *, batch_size: int, max_new_tokens: int
+    model: Any, encoder: Encoder, records: Sequence[Record], *, batch_size: int, max_new_tokens: int
 ) -> Iterator[Caption]:
     """Generate the answer of each record, greedily, and score it.
 
     Args:
         model: a (PEFT-wrapped) `Qwen3VLForConditionalGeneration`.
-        tokenizer: the model's.
         encoder: makes the prompts, in the frame that the answers are in.
         records: what to caption; yielded in this order.
         batch_size: records a forward pass.
@@ -38,6 +37,7 @@ def caption(
     """
     model.eval()
     # float32 copies of trained modules meet bf16 activations where the base is bf16
+    tokenizer: Any = encoder.tokenizer
     mixed = model.get_input_embeddings().weight.dtype is torch.bfloat16
     for start in range(0, len(records), batch_size):
         chunk = records[start : start + batch_size]
@@ -56,9 +56,9 @@ def caption(
             yield Caption(record.id, text, truth, score_image(parse_answer(text), parse_answer(truth)))
 
 
-def longest_answer(tokenizer: Any, encoder: Encoder, records: Iterable[Record]) -> int:
-    """Tokens of the longest true answer: generation need not go on much further."""
-    return max(len(tokenizer(encoder.answer(record)).input_ids) for record in records)
+def answer_lengths(encoder: Encoder, records: Iterable[Record]) -> list[int]:
+    """Tokens of each record's true answer: generation need not go on much further than the longest."""
+    return [len(encoder.tokenizer(encoder.answer(record)).input_ids) for record in records]
 
 
 def _left_padded(samples: Sequence[Sample], pad_id: int, device: torch.device) -> dict[str, Tensor]:

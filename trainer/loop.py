@@ -1,29 +1,38 @@
 """The training loop, read as the algorithm: evaluate, save, step. Tensors in, events out.
 
 It knows no MLflow, no configuration and no strategy. Loss is a sum over supervised tokens divided by the number of
-supervised tokens of the *whole* optimizer step:
+supervised tokens of the *whole* optimizer step, all its micro-batches on all ranks:
 
     L = sum_m sum_{t in m} nll_t / N,   N = sum_m |supervised tokens of micro-batch m|
 
-so that every supervised token counts the same, however the samples are laid out in micro-batches.
+so that every supervised token counts the same, however the samples are laid out in packs, micro-batches and ranks.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.data.loader import Batch
+from trainer.engine import Engine
 from trainer.errors import TrainingStopped
-from trainer.events import EVAL, CheckpointSaved, EvalDone, Event, GatePassed, RecordLosses, Seen, StepDone
+from trainer.events import (
+    EVAL,
+    CheckpointSaved,
+    EvalDone,
+    Event,
+    GatePassed,
+    RecordLosses,
+    Seen,
+    StepDone,
+    StoppedEarly,
+)
 from trainer.gate import Gate
-from trainer.model import TrainedTensor
 from trainer.optim import Schedule, set_rates
+from trainer.seeds import derived_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +40,7 @@ class EvalSet:
     """One set of batches that is evaluated again and again."""
 
     batches: Callable[[], Iterable[Batch]]
+    """This rank's share of them."""
     every: int = 1
     """Only at every k-th evaluation, and at the last."""
 
@@ -40,25 +50,47 @@ class Cadence:
     """When things are due, in optimizer steps; all of it known before training starts."""
 
     total_steps: int
-    steps_per_epoch: int
+    n_samples: int
+    """Training samples of an epoch."""
     eval_steps: frozenset[int]
     save_steps: frozenset[int] = frozenset()
     save_best_from: int | None = None
     """First step from which the lowest eval loss gets a `best` checkpoint (step 0 has no adapter); None: never."""
+    patience: int | None = None
+    """Evaluations without a new lowest eval loss after which training ends; None: it does not end early."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """What evaluations have said so far."""
+
+    patience: int | None = None
+    evaluations: int = 0
+    lowest: float = math.inf
+    without_better: int = 0
+    """Evaluations since the lowest."""
+    best_saved: float = math.inf
+
+    def take(self, loss: float) -> None:
+        """Count an evaluation."""
+        self.evaluations += 1
+        self.without_better = 0 if loss < self.lowest else self.without_better + 1
+        self.lowest = min(self.lowest, loss)
+
+    @property
+    def stop(self) -> bool:
+        """Whether patience has run out."""
+        return self.patience is not None and self.without_better >= self.patience
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What one run trains with; everything has gone through `accelerator.prepare`."""
+    """What one run trains with."""
 
-    accelerator: Accelerator
-    model: nn.Module
-    """`SupervisedLoss`: inputs -> loss of each supervised token."""
-    optimizer: torch.optim.Optimizer
+    engine: Engine
+    """Model and optimizer on this rank."""
     schedule: Schedule
-    trained: Sequence[TrainedTensor]
     gate: Gate
-    max_grad_norm: float
     seed: int
 
 
@@ -72,30 +104,34 @@ def fit(
 ) -> Seen:
     """Train for `cadence.total_steps` optimizer steps; pass k of the loop sees the model after k updates.
 
+    All ranks run it together, with the same arguments but for their share of the batches.
+
     Args:
-        parts: model, optimizer, schedule, gate.
-        steps: the micro-batches of one optimizer step, step after step.
-        eval_sets: name -> set; `eval` decides which checkpoint is best.
-        cadence: when evaluating and saving are due.
+        parts: engine, schedule, gate.
+        steps: this rank's micro-batches of one optimizer step, step after step.
+        eval_sets: name -> set; `eval` decides which checkpoint is best, and when to stop early.
+        cadence: when evaluating, saving and stopping are due.
         save: writes a checkpoint of the kind it is given (`best`, `last`, `step-N`).
         emit: gets every event, in order.
 
     Raises:
         TrainingStopped: the gate failed, or loss or gradient was not finite; the weights are those before the update.
     """
-    seen, best, evaluations = Seen(), math.inf, 0
+    seen, progress = Seen(), Progress(cadence.patience)
     for step in range(cadence.total_steps + 1):
         last = step == cadence.total_steps
 
         if last or step in cadence.eval_steps:
-            due = {name: s for name, s in eval_sets.items() if last or evaluations % s.every == 0}
-            result = evaluate_all(parts, due, seen)
-            _stop_if_eval_not_finite(result)
-            evaluations += 1
+            result = evaluate_all(parts.engine, eval_sets, seen, progress, last=last)
             emit(result)
+            if progress.stop and not last:
+                emit(StoppedEarly(seen, progress.without_better))
+                last = True
+            if last and parts.gate.after_update(step, parts.engine.weight, last=True):
+                emit(GatePassed(seen))
             loss = result.losses[EVAL].mean()
-            if loss < best and cadence.save_best_from is not None and step >= cadence.save_best_from:
-                best = loss
+            if loss < progress.best_saved and cadence.save_best_from is not None and step >= cadence.save_best_from:
+                progress.best_saved = loss
                 emit(save(seen, "best"))
 
         if step in cadence.save_steps:
@@ -105,98 +141,78 @@ def fit(
             return seen
 
         started = time.perf_counter()
-        micro_batches = next(steps)
-        done = train_step(parts, micro_batches, step + 1)
-        seen = _add(seen, micro_batches, cadence.steps_per_epoch, time.perf_counter() - started)
-        if parts.gate.after_update(step + 1):
+        done = train_step(parts, next(steps), seen, n_samples=cadence.n_samples)
+        seen = replace(done.seen, train_seconds=seen.train_seconds + time.perf_counter() - started)
+        if parts.gate.after_update(seen.step, parts.engine.weight):
             emit(GatePassed(seen))
         emit(replace(done, seen=seen))
     raise AssertionError("the last pass returns")
 
 
-def train_step(parts: Parts, micro_batches: Sequence[Batch], step: int) -> StepDone:
+def train_step(parts: Parts, micro_batches: Sequence[Batch], seen: Seen, *, n_samples: int) -> StepDone:
     """One optimizer step: gradients of every micro-batch, the gate's look, clipping, the update."""
-    accelerator, optimizer = parts.accelerator, parts.optimizer
-    rates = set_rates(optimizer, parts.schedule, step)
-    count = sum(batch.n_supervised for batch in micro_batches)
+    engine, step = parts.engine, seen.step + 1
+    rates = set_rates(engine.optimizer, parts.schedule, step)
+    samples, tokens, supervised = map(int, engine.sum(*_counts(micro_batches)))
     losses = []
-    parts.model.train()
+    engine.loss.train()
     for index, batch in enumerate(micro_batches):
         # Dropout has its own stream: its masks depend on where in the run we are, and on nothing that ran before.
-        torch.manual_seed(derived_seed(parts.seed, "dropout", step, index, accelerator.process_index))
-        nll = token_losses(parts, batch)
-        accelerator.backward(nll.sum() / count)
-        losses.append(nll.detach())
-    loss = (torch.stack([nll.sum() for nll in losses]).sum() / count).item()
-    norms = gradient_norms(parts.trained)
-    _stop_if_not_finite(step, micro_batches, losses, norms)
-    parts.gate.before_update(step)
-    scale = parts.max_grad_norm / (norms["total"] + 1e-6)  # the same guard as torch.nn.utils.clip_grad_norm_
-    if scale < 1:
-        torch._foreach_mul_([t.parameter.grad for t in parts.trained if t.parameter.grad is not None], scale)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return StepDone(Seen(), loss, count, rates, norms)
-
-
-@torch.no_grad()
-def evaluate(parts: Parts, batches: Iterable[Batch]) -> RecordLosses:
-    """Loss of every record of one set, in eval mode."""
-    parts.model.eval()
-    ids: list[str] = []
-    domains: list[str | None] = []
-    sums: list[float] = []
-    counts: list[int] = []
-    for batch in batches:
-        per_record = batch.supervised.sum(dim=1).tolist()
-        nll = token_losses(parts, batch).double()
-        ids += batch.record_ids
-        domains += batch.domains
-        sums += [chunk.sum().item() for chunk in torch.split(nll, per_record)]
-        counts += per_record
-    return RecordLosses(tuple(ids), tuple(domains), tuple(sums), tuple(counts))
-
-
-def evaluate_all(parts: Parts, eval_sets: Mapping[str, EvalSet], seen: Seen) -> EvalDone:
-    """Evaluate the sets that are due."""
-    started = time.perf_counter()
-    losses = {name: evaluate(parts, eval_set.batches()) for name, eval_set in eval_sets.items()}
-    return EvalDone(seen, losses, time.perf_counter() - started)
-
-
-def token_losses(parts: Parts, batch: Batch) -> Tensor:
-    """(number of supervised tokens of the batch,) nats, row by row."""
-    moved = batch.to(parts.accelerator.device)
-    with parts.accelerator.autocast():
-        losses: Tensor = parts.model(supervised=moved.supervised, **moved.model_inputs())
-    return losses
-
-
-def gradient_norms(trained: Sequence[TrainedTensor]) -> dict[str, float]:
-    """L2 norm of the gradient over each part, and `total`."""
-    squares: dict[str, list[Tensor]] = {}
-    for tensor in trained:
-        if tensor.parameter.grad is not None:
-            squares.setdefault(tensor.part.value, []).append(tensor.parameter.grad)
-    norms = {part: torch.nn.utils.get_total_norm(gradients).item() for part, gradients in squares.items()}
-    return {**norms, "total": math.hypot(*norms.values())}
-
-
-def derived_seed(seed: int, *purpose: str | int) -> int:
-    """A 63-bit seed for one purpose: equal arguments give equal streams, different ones independent streams."""
-    text = repr((seed, *purpose)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
-
-
-def _add(seen: Seen, micro_batches: Sequence[Batch], steps_per_epoch: int, seconds: float) -> Seen:
-    step = seen.step + 1
-    return Seen(
+        torch.manual_seed(derived_seed(parts.seed, "dropout", step, index, engine.rank))
+        losses.append(engine.accumulate(batch, supervised, last=index == len(micro_batches) - 1))
+    (loss_sum,) = engine.sum(torch.stack([nll.double().sum() for nll in losses]).sum().item())
+    norms = engine.gradient_norms()
+    _stop_if_not_finite(engine, step, micro_batches, losses, {"loss": loss_sum, **norms})
+    parts.gate.before_update(step, engine.gradient)
+    engine.update(norms["total"])
+    seen = Seen(
         step=step,
-        epoch=step / steps_per_epoch,
-        samples=seen.samples + sum(b.n_samples for b in micro_batches),
-        tokens=seen.tokens + sum(b.n_tokens for b in micro_batches),
-        supervised_tokens=seen.supervised_tokens + sum(b.n_supervised for b in micro_batches),
-        train_seconds=seen.train_seconds + seconds,
+        epoch=(seen.samples + samples) / n_samples,
+        samples=seen.samples + samples,
+        tokens=seen.tokens + tokens,
+        supervised_tokens=seen.supervised_tokens + supervised,
+    )
+    return StepDone(seen, loss_sum / supervised, supervised, rates, norms)
+
+
+def evaluate(engine: Engine, batches: Iterable[Batch]) -> RecordLosses:
+    """Loss of every record of one set, in eval mode; each rank runs its share and gets the whole."""
+    engine.loss.eval()
+    rows: list[tuple[str, str | None, float, int]] = []
+    for batch in batches:
+        nll = engine.evaluate(batch).double()
+        sums = [piece.sum().item() for piece in batch.per_record(nll)]
+        rows += zip(batch.record_ids, batch.domains, sums, batch.supervised_counts, strict=True)
+    ids, domains, loss_sums, counts = zip(*engine.gather(rows), strict=True)
+    return RecordLosses(ids, domains, loss_sums, counts)
+
+
+def evaluate_all(
+    engine: Engine, eval_sets: Mapping[str, EvalSet], seen: Seen, progress: Progress, *, last: bool
+) -> EvalDone:
+    """Evaluate `eval`, which may say that this is the last time, and then the other sets that are due.
+
+    Raises:
+        TrainingStopped: a loss is not finite.
+    """
+    started = time.perf_counter()
+    losses = {EVAL: evaluate(engine, eval_sets[EVAL].batches())}
+    number = progress.evaluations
+    progress.take(losses[EVAL].mean())
+    for name, eval_set in eval_sets.items():
+        if name != EVAL and (last or progress.stop or number % eval_set.every == 0):
+            losses[name] = evaluate(engine, eval_set.batches())
+    result = EvalDone(seen, losses, time.perf_counter() - started)
+    _stop_if_eval_not_finite(result)
+    return result
+
+
+def _counts(micro_batches: Sequence[Batch]) -> tuple[int, int, int]:
+    """Samples, tokens and supervised tokens of a rank's step."""
+    return (
+        sum(b.n_samples for b in micro_batches),
+        sum(b.n_tokens for b in micro_batches),
+        sum(b.n_supervised for b in micro_batches),
     )
 
 
@@ -212,21 +228,30 @@ def _stop_if_eval_not_finite(result: EvalDone) -> None:
 
 
 def _stop_if_not_finite(
-    step: int, micro_batches: Sequence[Batch], losses: Sequence[Tensor], norms: Mapping[str, float]
+    engine: Engine, step: int, micro_batches: Sequence[Batch], losses: Sequence[Tensor], whole: Mapping[str, float]
 ) -> None:
-    """A non-finite loss or gradient stops the run before the update, naming where it came from."""
-    for index, (batch, nll) in enumerate(zip(micro_batches, losses, strict=True)):
-        chunks = torch.split(nll, batch.supervised.sum(dim=1).tolist())
-        bad = [i for i, chunk in zip(batch.record_ids, chunks, strict=True) if not torch.isfinite(chunk).all()]
-        if bad:
-            raise TrainingStopped(
-                f"The loss is not finite at step {step}, micro-batch {index}, in the records {', '.join(bad)}. "
-                "Nothing was updated. Look at these records, or lower the learning rates."
-            )
-    bad_parts = [part for part, norm in norms.items() if part != "total" and not math.isfinite(norm)]
-    if bad_parts:
-        records = ", ".join(i for batch in micro_batches for i in batch.record_ids)
+    """A non-finite loss or gradient stops the run before the update, naming where it came from.
+
+    `whole` are the numbers that all ranks share, so that all of them stop, or none.
+    """
+    if all(math.isfinite(value) for value in whole.values()):
+        return
+    bad = [
+        (index, record_id)
+        for index, (batch, nll) in enumerate(zip(micro_batches, losses, strict=True))
+        for record_id, piece in zip(batch.record_ids, batch.per_record(nll), strict=True)
+        if not torch.isfinite(piece).all()
+    ]
+    if named := sorted(engine.gather(bad)):
         raise TrainingStopped(
-            f"The gradient of {', '.join(bad_parts)} is not finite at step {step} (records {records}). "
-            "Nothing was updated. Lower the learning rates, or look at these records."
+            f"The loss is not finite at step {step}, micro-batch {named[0][0]}, in the records "
+            f"{', '.join(record_id for _, record_id in named)}. "
+            "Nothing was updated. Look at these records, or lower the learning rates."
         )
+    trained_on = engine.gather([record_id for batch in micro_batches for record_id in batch.record_ids])
+    parts = [part for part, value in whole.items() if part not in ("loss", "total") and not math.isfinite(value)]
+    raise TrainingStopped(
+        f"The gradient of {', '.join(parts)} is not finite at step {step} "
+        f"(records {', '.join(trained_on)}). "
+        "Nothing was updated. Lower the learning rates, or look at these records."
+    )

@@ -19,6 +19,7 @@ from trainer.events import (
     RecordLosses,
     Seen,
     StepDone,
+    StoppedEarly,
 )
 
 Row = dict[str, float]
@@ -91,6 +92,8 @@ class Meter:
         self._window, self._row_seen = _Window(), Seen()
         self._train_smoothed: float | None = None
         self._evals: list[tuple[float, Seen]] = []
+        self._evaluation_seconds = 0.0
+        self._without_row: StepDone | None = None
 
     def rows(self, event: Event) -> Row:
         """The metrics that an event brings, all at the event's step; empty when none is due."""
@@ -101,6 +104,8 @@ class Meter:
                 return self._eval_row(event)
             case CheckpointSaved():
                 return {names.CHECKPOINT_BYTES: float(event.size_bytes)}
+            case StoppedEarly():
+                return self._train_row(self._without_row) if self._without_row else {}
             case GatePassed():
                 return {}
 
@@ -110,7 +115,12 @@ class Meter:
         step = event.seen.step
         first = step == 1 and self._log_first
         if step % self._logging_steps and step != self._total_steps and not first:
+            self._without_row = event
             return {}
+        return self._train_row(event)
+
+    def _train_row(self, event: StepDone) -> Row:
+        self._without_row = None
         loss = self._window.loss_sum / self._window.tokens
         self._window = _Window()
         self._train_smoothed = self._train.add(loss)
@@ -144,7 +154,8 @@ class Meter:
             row[names.GAP] = smoothed - self._train_smoothed
         if EXCHANGED in losses:
             row[names.VISION_GAIN] = vision_gain(event.losses)
-        return {**row, **_counters(event.seen)}
+        self._evaluation_seconds += event.seconds
+        return {**row, names.EVALUATION_SECONDS: self._evaluation_seconds, **_counters(event.seen)}
 
     def _best(self, loss: float, seen: Seen) -> Row:
         self._evals.append((loss, seen))

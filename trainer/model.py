@@ -17,7 +17,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Qwe
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from trainer.architectures import qwen3_vl_config
+from trainer.attention import PACKED_SDPA, attention_implementation
 from trainer.errors import ModelError, TrainingStopped
+from trainer.seeds import derived_seed
 from trainer.strategy import Method, ParameterPlan, Part, part_of
 
 POCKET = Path(__file__).parent / "pocket_base"
@@ -123,21 +125,21 @@ def load_model(
         model: `pocket`, `random:SIZE`, a folder in Hugging Face layout, or a hub id.
         tools: of the same model; a random one takes its image and video token ids from the tokenizer.
         dtype: of the weights in memory.
-        attn_impl: transformers' name of the attention implementation.
+        attn_impl: see `attention_implementation`; under `sdpa`, packs are attended to sample by sample.
         seed: of a random initialisation.
 
     Raises:
         ModelError: it cannot be found or read.
     """
+    attn_impl = attention_implementation(attn_impl)
     try:
-        if not model.startswith("random:"):
-            return _loaded(folder_of(model, weights=True), dtype, attn_impl)
-        config = read_config(model)
-        for kind in ("image", "video"):
-            setattr(config, f"{kind}_token_id", tools.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>"))
-        torch.manual_seed(seed)
-        build: Callable[..., Qwen3VLForConditionalGeneration] = Qwen3VLForConditionalGeneration._from_config
-        return build(config, attn_implementation=attn_impl, dtype=dtype)
+        if model.startswith("random:"):
+            loaded = _random(read_config(model), tools, dtype, attn_impl, seed)
+        else:
+            loaded = _loaded(folder_of(model, weights=True), dtype, attn_impl)
+        if attn_impl == "sdpa":
+            loaded.set_attn_implementation({"text_config": PACKED_SDPA, "vision_config": "sdpa"})
+        return loaded
     except ModelError:
         raise
     except ImportError as error:
@@ -149,6 +151,16 @@ def load_model(
         ) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise _unreadable(folder_of(model), error) from None
+
+
+def _random(
+    config: Any, tools: Tools, dtype: torch.dtype, attn_impl: str, seed: int
+) -> Qwen3VLForConditionalGeneration:
+    for kind in ("image", "video"):
+        setattr(config, f"{kind}_token_id", tools.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>"))
+    torch.manual_seed(seed)
+    build: Callable[..., Qwen3VLForConditionalGeneration] = Qwen3VLForConditionalGeneration._from_config
+    return build(config, attn_implementation=attn_impl, dtype=dtype)
 
 
 def _loaded(folder: Path, dtype: torch.dtype, attn_impl: str) -> Qwen3VLForConditionalGeneration:
@@ -181,7 +193,6 @@ def apply_plan(model: Qwen3VLForConditionalGeneration, plan: ParameterPlan, *, s
     PEFT makes LoRA float32 on a bf16 base and leaves full copies in bf16, where small updates vanish; that alone would
     make LoRA look better, so both are made float32 here.
     """
-    torch.manual_seed(seed)  # LoRA's A is drawn from torch's global generator; nothing else may depend on its state
     lora_patterns = dict.fromkeys(t.rule.removesuffix(r"\.weight") for t in plan.trained() if t.method is Method.LORA)
     config = LoraConfig(
         r=plan.lora.rank,
@@ -192,6 +203,11 @@ def apply_plan(model: Qwen3VLForConditionalGeneration, plan: ParameterPlan, *, s
     )
     peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)  # noqa: S101  # a mixed model needs mixed=True
+    # Every LoRA starts from its own stream, so that arms of one seed share the start of what they both train.
+    for name, module in peft_model.named_modules():
+        if isinstance(module, LoraLayer):
+            torch.manual_seed(derived_seed(seed, "lora", base_name_of(name)))
+            module.reset_lora_parameters(_ADAPTER, init_lora_weights=True)  # type: ignore[no-untyped-call]  # PEFT
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -260,23 +276,25 @@ class SupervisedLoss(nn.Module):
     never made (at Qwen's vocabulary of 151,936 they would dominate memory).
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Wrap a (PEFT-wrapped) `Qwen3VLForConditionalGeneration`."""
+    def __init__(self, model: nn.Module, *, bf16: bool = False) -> None:
+        """Wrap a (PEFT-wrapped) `Qwen3VLForConditionalGeneration`; with `bf16` it computes under autocast."""
         super().__init__()
-        self.model = model
+        self.model, self._bf16 = model, bf16
 
     def forward(self, supervised: Tensor, **inputs: Tensor) -> Tensor:
         """Negative log-likelihood of each supervised token.
 
         Args:
-            supervised: (B, L) bool; the first token of a row is never supervised.
+            supervised: (B, L) bool; the first token of a sample is never supervised.
             inputs: what `Qwen3VLForConditionalGeneration.forward` takes; `input_ids` is (B, L).
 
         Returns:
             (number of supervised tokens,) float32, nats, row by row.
         """
         base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        hidden = base.model(**inputs, use_cache=False).last_hidden_state  # (B, L, D)
-        targets = inputs["input_ids"][:, 1:][supervised[:, 1:]]  # (T,)
-        logits = base.lm_head(hidden[:, :-1][supervised[:, 1:]])  # (T, vocabulary)
-        return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        # Here and not around the call: DeepSpeed's engine switches an autocast of its callers off.
+        with torch.autocast(supervised.device.type, torch.bfloat16, enabled=self._bf16):
+            hidden = base.model(**inputs, use_cache=False).last_hidden_state  # (B, L, D)
+            targets = inputs["input_ids"][:, 1:][supervised[:, 1:]]  # (T,)
+            logits = base.lm_head(hidden[:, :-1][supervised[:, 1:]])  # (T, vocabulary)
+            return nn.functional.cross_entropy(logits.float(), targets, reduction="none")

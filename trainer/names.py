@@ -50,6 +50,8 @@ SUPERVISED_TOKENS_SEEN = "supervised_tokens_seen"
 TRAIN_SECONDS = "train_seconds"
 SAMPLES_PER_SECOND = "throughput/samples_per_second"
 TOKENS_PER_SECOND = "throughput/tokens_per_second"
+EVALUATION_SECONDS = "evaluation_seconds"
+GENERATION_SECONDS = "generation_seconds"
 PEAK_MEMORY = "memory/peak_bytes"
 CHECKPOINT_BYTES = "checkpoint/bytes"
 CPU_PERCENT = "system/cpu_percent"
@@ -81,6 +83,8 @@ METRICS: dict[str, Metric] = {
     TOKENS_SEEN: Metric("tokens"),
     SUPERVISED_TOKENS_SEEN: Metric("supervised tokens"),
     TRAIN_SECONDS: Metric("seconds", "lower", exact=False),
+    EVALUATION_SECONDS: Metric("seconds, all evaluations so far", "lower", exact=False),
+    GENERATION_SECONDS: Metric("seconds, captioning with one checkpoint", "lower", exact=False),
     SAMPLES_PER_SECOND: Metric("samples per second", "higher", exact=False),
     TOKENS_PER_SECOND: Metric("tokens per second", "higher", exact=False),
     PEAK_MEMORY: Metric("bytes", "lower", exact=False),
@@ -120,6 +124,8 @@ TAG_TRAIN_DIGEST = "data.train_digest"
 TAG_VAL_DIGEST = "data.val_digest"
 TAG_BASE_DIGEST = "base_model.digest"
 TAG_CONTINUED_IN = "continued_in"
+TAG_RESULT = "result_checkpoint"
+TAG_STOPPED_EARLY = "stopped_early"
 
 # Artifacts
 ARTIFACT_CONFIG = "resolved_config.yaml"

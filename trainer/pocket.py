@@ -24,7 +24,7 @@ from trainer.data.geometry import EmitNorm
 from trainer.data.prompts import Language, Scheme, Taxonomy
 from trainer.data.records import Record, read_records
 from trainer.data.template import END_TOKEN, IMAGE_TOKEN, Encoder, mrope_positions
-from trainer.generation import caption, longest_answer
+from trainer.generation import answer_lengths, caption
 from trainer.model import POCKET, Tools, load_model, load_tools
 from trainer.pocket_cells import CellHeads, cells_of
 from trainer.pocket_model import build_tokenizer, initial_model, pocket_config
@@ -203,8 +203,8 @@ def measure(folder: Path, recipe: Recipe, records: Sequence[Record], *, generate
         return torch.cat(parts).double().mean().item()
 
     encoder = make_encoder(tools, recipe)
-    longest = longest_answer(tools.tokenizer, encoder, records)
-    captions = caption(model, tools.tokenizer, encoder, records[:generated], batch_size=50, max_new_tokens=longest + 8)
+    longest = max(answer_lengths(encoder, records))
+    captions = caption(model, encoder, records[:generated], batch_size=50, max_new_tokens=longest + 8)
     score = sum((c.score for c in captions), Score())
     own, exchanged = loss(scenes.pixels), loss(scenes.pixels.roll(1, 0))
     return {

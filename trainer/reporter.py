@@ -8,7 +8,7 @@ import torch
 
 from trainer import names
 from trainer.display import Display
-from trainer.events import CheckpointSaved, EvalDone, Event, StepDone
+from trainer.events import CheckpointSaved, EvalDone, Event, StepDone, StoppedEarly
 from trainer.metrics import Meter
 from trainer.tracking import Tracker
 
@@ -31,7 +31,7 @@ class Reporter:
     def __call__(self, event: Event) -> None:
         """Take the next event."""
         row = self._meter.rows(event)
-        if row and isinstance(event, StepDone):
+        if row and isinstance(event, StepDone | StoppedEarly):
             row |= self._measured()
         if row:
             self.log(row, event.seen.step)
@@ -42,6 +42,8 @@ class Reporter:
                 self.checkpoints[event.kind] = event
                 if event.kind == "best":  # saved right after the evaluation that was best
                     self.evaluations["best"] = self.evaluations["last"]
+            case StoppedEarly():
+                self._tracker.tags({names.TAG_STOPPED_EARLY: f"step {event.seen.step}"})
         self._display.event(event, row)
 
     def log(self, row: Mapping[str, float], step: int) -> None:

@@ -4,20 +4,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
-from trainer import build, facts
+from trainer import build, facts, launch
+from trainer.budget import cadence_from
 from trainer.checkpoint import Saver
 from trainer.config.resolved import Resolved
 from trainer.data.loader import SampleSet, train_steps
+from trainer.datasets import eval_sets_from, spread
 from trainer.display import Display
 from trainer.finish import score_checkpoints
 from trainer.gate import Gate
+from trainer.gradient_checkpointing import checkpoint_layers
 from trainer.loop import Parts, fit
 from trainer.model import SupervisedLoss, apply_plan, dtypes, load_model, trained_tensors
 from trainer.optim import make_optimizer
 from trainer.reporter import Reporter
-from trainer.tracking import open_run
+from trainer.tracking import Tracker, open_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,8 @@ class Outcome:
     """What a finished run leaves behind."""
 
     run_id: str
-    output: Path
+    adapter: Path
+    """The checkpoint that is the run's result."""
     metrics: dict[str, float]
     """Last value of every metric."""
     gate: str
@@ -39,9 +42,11 @@ def run(resolved: Resolved) -> Outcome:
         TrainingStopped: the gate failed or a number was not finite; the MLflow run is FAILED.
     """
     prepared = build.prepare(resolved)
-    config, training = resolved.config, resolved.config.training
+    config, training, budget = resolved.config, resolved.config.training, prepared.budget
     run_name = training.run_name or f"{prepared.name}-seed{training.seed}"
-    output = build.make_output_folder(training.output_dir, run_name)
+    accelerator = build.join_ranks(prepared, config)
+    rank, ranks, first = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    output: Path = launch.on_first_rank(accelerator, lambda: build.make_output_folder(training.output_dir, run_name))
 
     # model, wrapped as the plan says
     base = load_model(
@@ -52,42 +57,41 @@ def run(resolved: Resolved) -> Outcome:
         seed=training.seed,
     )
     model = apply_plan(base, prepared.plan, seed=training.seed)
-    if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model, build.checkpointed_parts(config))
     trained = list(trained_tensors(model))
 
     # what the loop takes
-    accelerator = build.one_process(Accelerator(mixed_precision=build.mixed_precision(config)))
-    optimizer = make_optimizer(trained, weight_decay=training.weight_decay)
-    loss, optimizer = accelerator.prepare(SupervisedLoss(model), optimizer)
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    gate = Gate(trained, frozen, last_look=prepared.budget.gate_look)
-    parts = Parts(accelerator, loss, optimizer, prepared.schedule, trained, gate, training.max_grad_norm, training.seed)
-    steps = train_steps(
-        SampleSet(prepared.data.train.records, prepared.encoder),
-        seed=training.seed,
-        micro_batch=prepared.budget.micro_batch,
-        accumulation=prepared.budget.accumulation,
-        workers=config.data.dataloader_num_workers,
-    )
-    eval_sets = build.eval_sets_from(config, prepared.data, prepared.encoder)
+    gate = Gate(trained, frozen, last_look=budget.gate_look)
+    optimizer = make_optimizer(trained, weight_decay=training.weight_decay)
+    loss = SupervisedLoss(model, bf16=build.computes_in_bf16(config))
+    engine = build.make_engine(accelerator, loss, optimizer, trained, config)
+    parts = Parts(engine, prepared.schedule, gate, training.seed)
+    samples = SampleSet(prepared.data.train.records, prepared.encoder)
+    steps = train_steps(samples, budget.plan, rank=rank, workers=config.data.dataloader_num_workers)
+    eval_sets = eval_sets_from(config, prepared.data, prepared.encoder, rank=rank, ranks=ranks)
 
-    total_steps = prepared.budget.total_steps
-    with open_run(run_name=run_name) as tracker, Display(total_steps) as display:
-        facts.log_start(tracker, resolved, prepared, dtypes(model))
-        reporter = Reporter(tracker, build.meter_from(config, total_steps), display)
+    with (
+        open_run(run_name=run_name) if first else Tracker() as tracker,
+        Display(budget.total_steps, quiet=not first) as display,
+    ):
+        if first:
+            facts.log_start(tracker, resolved, prepared, dtypes(model))
+        reporter = Reporter(tracker, build.meter_from(config, budget.total_steps), display)
+        saver = Saver(model, output, keep=training.save_total_limit, accelerator=accelerator)
         tracker.at_end(lambda: facts.log_gate(tracker, gate))
-        tracker.at_end(lambda: facts.log_checkpoints(tracker, reporter.checkpoints))
-        cadence = build.cadence_from(config, prepared.budget)
-        fit(parts, steps, eval_sets, cadence, Saver(model, output, keep=training.save_total_limit), reporter)
+        tracker.at_end(lambda: facts.log_checkpoints(tracker, reporter.checkpoints, training.load_best_model_at_end))
+        fit(parts, steps, eval_sets, cadence_from(config, budget), saver, reporter)
         facts.log_record_losses(tracker, reporter.evaluations)
         score_checkpoints(
             model,
-            prepared.tools.tokenizer,
+            engine,
             prepared.encoder,
-            prepared.data.val.records[: config.tracking.generate_records],
+            spread(prepared.data.val.records, config.tracking.generate_records),
             reporter,
             tracker,
-            batch_size=training.per_device_eval_batch_size,
+            batch_size=config.tracking.generate_batch_size,
         )
-    return Outcome(tracker.run_id, output, dict(reporter.latest), gate.verdict.value)
+    launch.leave(accelerator)
+    result = facts.result_of(reporter.checkpoints, training.load_best_model_at_end)
+    return Outcome(tracker.run_id, Path(result.path), dict(reporter.latest), gate.verdict.value)

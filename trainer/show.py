@@ -6,6 +6,7 @@ from rich.table import Table
 from trainer import build, names
 from trainer.config.resolved import Resolved
 from trainer.config.schema import Config
+from trainer.facts import batch_arithmetic
 from trainer.optim import Schedule
 from trainer.run import Outcome
 from trainer.strategy import Method, ParameterPlan
@@ -59,7 +60,7 @@ def show_outcome(outcome: Outcome, console: Console | None = None) -> None:
     table.add_row("training gate", outcome.gate)
     console.print(table)
     uri = tracking_uri()
-    console.print(f"run {outcome.run_id} in {without_password(uri)}, checkpoints in {outcome.output}", markup=False)
+    console.print(f"run {outcome.run_id} in {without_password(uri)}, result in {outcome.adapter}", markup=False)
     where = f"mlflow ui --backend-store-uri {without_password(uri)}" if "://" in uri and "http" not in uri else uri
     console.print(f"look at it: {where}", markup=False)
 
@@ -81,23 +82,31 @@ def _plan_lines(plan: ParameterPlan, schedule: Schedule, weight_decay: float) ->
 def _budget_lines(prepared: build.Prepared, config: Config) -> list[str]:
     """Samples, packs, batch and steps, each with its arithmetic."""
     budget, data, encoder = prepared.budget, prepared.data, prepared.encoder
-    lengths = [encoder.length(record) for record in data.train.records]
+    plan, lengths = budget.plan, budget.plan.lengths
     mean = sum(lengths) / len(lengths)
-    batch = budget.effective_batch
+    packs, batch = len(plan.packs(0)), budget.effective_batch
     others = f"{len(data.val.records)} validation" + (f", {len(data.ood.records)} out of domain" if data.ood else "")
     training = config.training
     by_epochs = f"{training.num_train_epochs:g} epochs = {budget.total_steps}"
     length = f"max_steps = {budget.total_steps}" if training.max_steps else by_epochs
     skipped = sum(len(records.skipped) for records in data.sets().values())
     left_out = [f"left out         {skipped} bad records (custom.on_bad_record: skip)"] if skipped else []
+    if plan.capacity is None:
+        packed = f"{packs} (no packing: one sample each)"
+    else:
+        full = 100 * sum(lengths) / (packs * plan.capacity)
+        packed = (
+            f"{budget.samples} samples in {packs} packs of at most {plan.capacity} tokens in the first epoch: "
+            f"{budget.samples / packs:.1f} samples a pack, {full:.0f} % full"
+        )
     return [
         *left_out,
         f"samples          {budget.samples} training, {others}; "
         f"{mean:.0f} tokens on average, {max(lengths)} at most (limit {encoder.max_length})",
-        f"packs            {budget.samples} (no packing: one sample each)",
-        f"effective batch  {budget.micro_batch} a micro-batch x {budget.accumulation} accumulated x 1 rank "
-        f"= {batch} samples; x {mean:.0f} tokens = {batch * mean:,.0f} tokens",
-        f"optimizer steps  ceil({budget.samples} / {batch}) = {budget.steps_per_epoch} an epoch; {length} "
+        f"packs            {packed}",
+        f"effective batch  {batch_arithmetic(budget)}; x {sum(lengths) / packs:,.0f} tokens "
+        f"= {batch * sum(lengths) / packs:,.0f} tokens",
+        f"optimizer steps  ceil({packs} / {batch}) = {plan.steps_in_epoch(0)} an epoch; {length} "
         f"in all, of which {budget.warmup_steps} warm-up",
     ]
 

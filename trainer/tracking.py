@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 from urllib.parse import unquote, urlsplit
 
 import mlflow
@@ -31,8 +31,13 @@ _SHORT_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_
 _SECRET = re.compile(r"(?i)([?&][^=&]*(?:pass|pwd|token|secret)[^=&]*=)[^&#]*")
 
 
-class Tracker(Protocol):
-    """What a run tells the outside; the loop and the tests see nothing else of it."""
+class Tracker:
+    """What a run tells the outside. This one tells nobody: it is for all ranks but the first, which speaks for them."""
+
+    run_id = ""
+
+    def at_end(self, log: Callable[[], None]) -> None:
+        """Call `log` before the run is closed, however it ends; it never hides the error that ended it."""
 
     def metrics(self, row: Mapping[str, float], step: int) -> None:
         """Log one row, all of it at one step and one time."""
@@ -55,8 +60,17 @@ class Tracker(Protocol):
     def dataset(self, name: str, digest: str, source: str, context: str) -> None:
         """Name a dataset that the run read; `context` is train, validation or out_of_domain."""
 
+    def __enter__(self) -> Self:
+        """The run is open."""
+        return self
 
-class MlflowTracker:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the run as what it was."""
+
+
+class MlflowTracker(Tracker):
     """One MLflow run, from its start (or its adoption from `mlflow run`) to its end."""
 
     def __init__(self, client: MlflowClient, run_id: str) -> None:
@@ -102,10 +116,6 @@ class MlflowTracker:
         """Name a dataset that the run read; `context` is train, validation or out_of_domain."""
         entity = Dataset(name, digest, "local", json.dumps({"uri": source}))
         self._client.log_inputs(self.run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
-
-    def __enter__(self) -> Self:
-        """The run is open."""
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

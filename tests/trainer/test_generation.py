@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from trainer import build
 from trainer.config.load import load
 from trainer.data.digits import ensure_digits
 from trainer.data.records import Record, read_records
 from trainer.data.template import Encoder
-from trainer.generation import Caption, caption, longest_answer
+from trainer.datasets import make_encoder
+from trainer.generation import Caption, answer_lengths, caption
 from trainer.model import Tools, load_model, load_tools
 from trainer.scoring import Score
 
@@ -22,7 +22,7 @@ def tools() -> Tools:
 @pytest.fixture(scope="module")
 def encoder(tools: Tools) -> Encoder:
     """As the pocket profile sets it."""
-    return build.make_encoder(load("last6_lora").config, tools, None)
+    return make_encoder(load("last6_lora").config, tools, None)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Record, ...]:
 def say(tools: Tools, encoder: Encoder, records: tuple[Record, ...], **options: int) -> list[Caption]:
     """Captions by the base as it is shipped."""
     model = load_model("pocket", tools, dtype=torch.float32, attn_impl="sdpa", seed=0)
-    limits = {"batch_size": 24, "max_new_tokens": longest_answer(tools.tokenizer, encoder, records)} | options
-    return list(caption(model, tools.tokenizer, encoder, records, **limits))
+    limits = {"batch_size": 24, "max_new_tokens": max(answer_lengths(encoder, records))} | options
+    return list(caption(model, encoder, records, **limits))
 
 
 def test_the_base_sees_printed_digits_it_has_never_met(
@@ -65,7 +65,7 @@ def test_generation_stops_at_the_limit_and_a_cut_answer_is_scored(
     assert cut.score.true == len(printed[0].objects)
 
 
-def test_the_longest_answer_is_measured_in_tokens(tools: Tools, encoder: Encoder, printed: tuple[Record, ...]) -> None:
+def test_answers_are_measured_in_tokens(tools: Tools, encoder: Encoder, printed: tuple[Record, ...]) -> None:
     """Of the true answers, as the encoder writes them."""
     lengths = [len(tools.tokenizer(encoder.answer(record)).input_ids) for record in printed]
-    assert longest_answer(tools.tokenizer, encoder, printed) == max(lengths)
+    assert answer_lengths(encoder, printed) == lengths

@@ -1,67 +1,73 @@
 """The loop: token-exact loss over any layout, reproducible, frozen stays frozen, and it stops before harm is done."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import ARMS, MakeParts, tiny_batch
-from trainer.data.loader import Batch
+from tests.conftest import ARMS, PAD_ID, MakeParts, take_step, tiny_batch, tiny_samples
+from trainer.data.loader import Batch, collate
 from trainer.errors import TrainingStopped
 from trainer.events import CheckpointSaved, EvalDone, Event, GatePassed, Seen, StepDone
-from trainer.loop import Cadence, EvalSet, Parts, derived_seed, evaluate, fit, train_step
+from trainer.loop import Cadence, EvalSet, Parts, evaluate, fit
+from trainer.model import TrainedTensor
+from trainer.seeds import derived_seed
 
 LENGTHS = (7, 12, 20, 9)
 
 
-def rows(batch: Batch, indices: list[int]) -> Batch:
-    """Some samples of a batch of equal images, as a batch of their own, padded no further than needed."""
-    keep = torch.tensor(indices)
-    length = int(batch.attention_mask[keep].sum(1).max())
-    patches = batch.pixel_values.view(batch.n_samples, -1, batch.pixel_values.shape[-1])[keep]
-    return Batch(
-        tuple(batch.record_ids[i] for i in indices),
-        tuple(batch.domains[i] for i in indices),
-        batch.input_ids[keep, :length],
-        batch.attention_mask[keep, :length],
-        batch.supervised[keep, :length],
-        batch.position_ids[:, keep, :length],
-        patches.reshape(-1, patches.shape[-1]),
-        batch.image_grid_thw[keep],
-    )
+def some(indices: list[int], *, packed: bool = False) -> Batch:
+    """Some of four samples of unequal length, with images of three sizes, as a batch of their own."""
+    samples = tiny_samples(LENGTHS, grids=[(2, 4), (4, 4), (6, 2)])
+    return collate([samples[i] for i in indices], PAD_ID, packed=packed)
 
 
 def gradients_of_one_step(parts: Parts, micro_batches: list[Batch]) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients of one optimizer step, caught before clipping and update."""
     caught: list[torch.Tensor] = []
 
-    def catch(step: int) -> None:
-        caught.extend(t.parameter.grad.clone() for t in parts.trained if t.parameter.grad is not None)
+    def catch(step: int, gradient_of: Callable[[TrainedTensor], torch.Tensor | None]) -> None:
+        caught.extend(g.clone() for t in parts.engine.trained if (g := gradient_of(t)) is not None)
 
     parts.gate.before_update = catch  # type: ignore[method-assign]
-    return train_step(parts, micro_batches, 1).loss, caught
+    return take_step(parts, micro_batches, 1).loss, caught
 
 
-@pytest.mark.parametrize("layout", [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[0, 1, 2], [3]]], ids=str)
-def test_any_layout_of_a_step_gives_the_same_loss_and_gradients(make_parts: MakeParts, layout: list[list[int]]) -> None:
-    """1x4 = 2x2 = 3+1 = 4x1 at dropout 0, with unequal token counts: loss to 1e-6, every gradient to 1e-5 relative."""
-    whole = tiny_batch(LENGTHS)
-    loss, reference = gradients_of_one_step(make_parts(), [whole])
-    other_loss, other = gradients_of_one_step(make_parts(), [rows(whole, indices) for indices in layout])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("layout", [[[0, 1, 2, 3]], [[0], [1], [2], [3]], [[0, 1], [2, 3]], [[0, 1, 2], [3]]], ids=str)
+@pytest.mark.parametrize("arm", ["all_lora", "all_full"])
+def test_any_layout_of_a_step_gives_the_same_loss_and_gradients(
+    make_parts: MakeParts, arm: str, layout: list[list[int]], packed: bool
+) -> None:
+    """1x4 = 2x2 = 3+1 = 4x1, padded = packed, at dropout 0: loss to 1e-6, every gradient to 1e-5 relative."""
+    loss, reference = gradients_of_one_step(make_parts(arm), [some([0, 1, 2, 3])])
+    micro_batches = [some(indices, packed=packed) for indices in layout]
+    other_loss, other = gradients_of_one_step(make_parts(arm), micro_batches)
     assert other_loss == pytest.approx(loss, rel=1e-6)
     for a, b in zip(reference, other, strict=True):
         assert (a - b).norm() <= 1e-5 * a.norm()
 
 
+def test_a_silent_batch_takes_part_and_changes_nothing(make_parts: MakeParts) -> None:
+    """What a rank without a pack runs: gradients of zero, no sample, no token."""
+    loss, reference = gradients_of_one_step(make_parts("all_full"), [some([0, 1], packed=True)])
+    silent = some([2], packed=True).silent()
+    assert (silent.n_samples, silent.n_tokens, silent.n_supervised) == (0, 0, 0)
+    other_loss, other = gradients_of_one_step(make_parts("all_full"), [some([0, 1], packed=True), silent])
+    assert other_loss == loss
+    assert all(torch.equal(a, b) for a, b in zip(reference, other, strict=True))
+
+
 def test_the_loss_of_a_step_is_the_sum_over_tokens_divided_by_their_number(make_parts: MakeParts) -> None:
     """Against transformers' own mean over the labels of the whole step in one piece."""
-    parts, batch = make_parts(), tiny_batch(LENGTHS)
+    parts, batch = make_parts(), some([0, 1, 2, 3])
     labels = batch.input_ids.masked_fill(~batch.supervised, -100)
     with torch.no_grad():
-        expected = parts.model.model(**batch.model_inputs(), labels=labels).loss.item()
-    done = train_step(parts, [rows(batch, [0, 1, 2]), rows(batch, [3])], 1)
+        expected = parts.engine.loss.model(**batch.model_inputs(), labels=labels).loss.item()
+    done = take_step(parts, [some([0, 1, 2], packed=True), some([3])], 1)
     assert done.loss == pytest.approx(expected, rel=1e-6)
     assert done.supervised_tokens == batch.n_supervised
 
@@ -76,7 +82,7 @@ def run_fit(parts: Parts, tmp: Path, total: int = 4, **cadence: object) -> list[
         return CheckpointSaved(seen, kind, str(tmp / kind), 1)
 
     settings = {"eval_steps": frozenset({0, 2}), "save_best_from": 1} | cadence
-    timing = Cadence(total_steps=total, steps_per_epoch=2, **settings)  # type: ignore[arg-type]
+    timing = Cadence(total_steps=total, n_samples=6, **settings)  # type: ignore[arg-type]
     sets = {"eval": EvalSet(lambda: held_out), "probe": EvalSet(lambda: held_out, every=2)}
     fit(parts, steps, sets, timing, save, events.append)
     return events
@@ -136,12 +142,12 @@ def test_counters_add_up(make_parts: MakeParts, tmp_path: Path) -> None:
 def test_after_training_exactly_the_planned_tensors_differ(make_parts: MakeParts, arm: str, tmp_path: Path) -> None:
     """Frozen means bit-identical, without gradient and without optimizer state."""
     parts = make_parts(arm)
-    before = {name: p.detach().clone() for name, p in parts.model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in parts.engine.loss.named_parameters()}
     run_fit(parts, tmp_path, total=3)
-    changed = {name for name, p in parts.model.named_parameters() if not torch.equal(p, before[name])}
-    assert {name.removeprefix("model.") for name in changed} == {t.name for t in parts.trained}
-    assert all(p.grad is None for p in parts.model.parameters() if not p.requires_grad)
-    assert len(parts.optimizer.state) == len(parts.trained)
+    changed = {name for name, p in parts.engine.loss.named_parameters() if not torch.equal(p, before[name])}
+    assert {name.removeprefix("model.") for name in changed} == {t.name for t in parts.engine.trained}
+    assert all(p.grad is None for p in parts.engine.loss.parameters() if not p.requires_grad)
+    assert len(parts.engine.optimizer.state) == len(parts.engine.trained)
 
 
 def test_the_same_seed_twice_is_bit_identical(make_parts: MakeParts, tmp_path: Path) -> None:
@@ -153,7 +159,7 @@ def test_the_same_seed_twice_is_bit_identical(make_parts: MakeParts, tmp_path: P
         events = run_fit(parts, tmp_path)
         numbers = [(e.loss, e.grad_norms) if isinstance(e, StepDone) else e.losses for e in events
                    if isinstance(e, StepDone | EvalDone)]  # fmt: skip
-        return numbers, [t.parameter.detach() for t in parts.trained]
+        return numbers, [t.parameter.detach() for t in parts.engine.trained]
 
     (first, weights), (second, again), (other, _) = once(17), once(17), once(18)
     assert first == second
@@ -175,12 +181,14 @@ def test_evaluation_neither_changes_the_model_nor_what_is_trained_after_it(
 
 def test_evaluation_gives_each_records_sum_whatever_the_batches(make_parts: MakeParts) -> None:
     """In eval mode, dropout on in training: three batches of one record equal one of three."""
-    parts, batch = make_parts(dropout=0.5), tiny_batch(LENGTHS)
-    whole = evaluate(parts, [batch])
-    single = evaluate(parts, [rows(batch, [i]) for i in range(4)])
-    assert whole.record_ids == single.record_ids
-    assert whole.token_counts == tuple(batch.supervised.sum(1).tolist())
+    parts, batch = make_parts(dropout=0.5), some([0, 1, 2, 3])
+    whole = evaluate(parts.engine, [batch])
+    single = evaluate(parts.engine, [some([i]) for i in range(4)])
+    packed = evaluate(parts.engine, [some([0, 1, 2, 3], packed=True)])
+    assert whole.record_ids == single.record_ids == packed.record_ids
+    assert whole.token_counts == packed.token_counts == tuple(batch.supervised.sum(1).tolist())
     assert whole.loss_sums == pytest.approx(single.loss_sums, rel=1e-5)  # float32 sums in other shapes
+    assert packed.loss_sums == pytest.approx(single.loss_sums, rel=1e-5)
 
 
 def poisoned(batch: Batch, record: int) -> Batch:
@@ -193,22 +201,22 @@ def poisoned(batch: Batch, record: int) -> Batch:
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_its_records(make_parts: MakeParts) -> None:
     """Step, micro-batch and record; the weights are those of before."""
     parts = make_parts()
-    before = [t.parameter.detach().clone() for t in parts.trained]
+    before = [t.parameter.detach().clone() for t in parts.engine.trained]
     batches = [tiny_batch([8, 9]), poisoned(tiny_batch([8, 9], seed=7), 1)]
     with pytest.raises(TrainingStopped, match=r"step 3, micro-batch 1, in the records toy\.jsonl:701\."):
-        train_step(parts, batches, 3)
-    assert all(torch.equal(t.parameter, b) for t, b in zip(parts.trained, before, strict=True))
+        take_step(parts, batches, 3)
+    assert all(torch.equal(t.parameter, b) for t, b in zip(parts.engine.trained, before, strict=True))
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_part(make_parts: MakeParts) -> None:
     """A finite loss can have an infinite gradient."""
     parts = make_parts()
-    before = [t.parameter.detach().clone() for t in parts.trained]
-    victim = next(t for t in parts.trained if t.part == "aligner")
+    before = [t.parameter.detach().clone() for t in parts.engine.trained]
+    victim = next(t for t in parts.engine.trained if t.part == "aligner")
     victim.parameter.register_hook(lambda g: g * torch.inf)
     with pytest.raises(TrainingStopped, match=r"gradient of aligner is not finite at step 2 .*toy\.jsonl:0"):
-        train_step(parts, [tiny_batch([8])], 2)
-    assert all(torch.equal(t.parameter, b) for t, b in zip(parts.trained, before, strict=True))
+        take_step(parts, [tiny_batch([8])], 2)
+    assert all(torch.equal(t.parameter, b) for t, b in zip(parts.engine.trained, before, strict=True))
 
 
 def test_an_evaluation_that_is_not_finite_stops_the_run_and_names_its_records(
@@ -217,18 +225,19 @@ def test_an_evaluation_that_is_not_finite_stops_the_run_and_names_its_records(
     """A model that gives NaN is lost; a run that went on would end well with it."""
     steps = iter([[tiny_batch([8])]] * 2)
     sets = {"eval": EvalSet(lambda: [poisoned(tiny_batch([8, 9], seed=7), 1)])}
-    timing = Cadence(total_steps=2, steps_per_epoch=2, eval_steps=frozenset({0}))
+    timing = Cadence(total_steps=2, n_samples=2, eval_steps=frozenset({0}))
     with pytest.raises(TrainingStopped, match=r"set eval is not finite after step 0, in 1 records: toy\.jsonl:701\."):
         fit(make_parts(), steps, sets, timing, lambda seen, kind: CheckpointSaved(seen, kind, "", 1), lambda _: None)
 
 
 def test_clipping_scales_the_whole_gradient_to_the_limit_and_norms_are_those_before(make_parts: MakeParts) -> None:
     """A limit of 1e-3 against the same step without one: same direction, and the reported norm is unchanged."""
-    free, tight = replace(make_parts(), max_grad_norm=1e9), replace(make_parts(), max_grad_norm=1e-3)
+    free, tight = make_parts(), make_parts()
+    free.engine.max_grad_norm, tight.engine.max_grad_norm = 1e9, 1e-3
     seen: list[list[torch.Tensor]] = []
     for parts in (free, tight):
-        parts.optimizer.step = lambda p=parts: seen.append([t.parameter.grad.clone() for t in p.trained])  # type: ignore
-    norms = [train_step(parts, [tiny_batch([8])], 1).grad_norms for parts in (free, tight)]
+        parts.engine.optimizer.step = lambda p=parts: seen.append([t.parameter.grad.clone() for t in p.engine.trained])  # type: ignore
+    norms = [take_step(parts, [tiny_batch([8])], 1).grad_norms for parts in (free, tight)]
     assert norms[0] == norms[1]
     total = torch.sqrt(sum((g**2).sum() for g in seen[0]))
     assert norms[0]["total"] == pytest.approx(total.item(), rel=1e-5)

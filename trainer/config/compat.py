@@ -3,7 +3,6 @@
 NO_EFFECT: dict[str, str] = {
     "tuner.use_swift_lora": "adapters are PEFT's own",
     "training.add_version": "every run has a folder of its own",
-    "training.load_best_model_at_end": "the adapters at the best and at the last step are both kept",
     "training.logging_dir": "metrics go to MLflow",
     "training.report_to": "metrics go to MLflow",
     "training.save_safetensors": "adapters are always written as safetensors",

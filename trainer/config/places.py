@@ -5,12 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config.problems import Problem, nearest, place, shown
+from trainer.config.zero import ZERO_NAMES
 from trainer.errors import ConfigError
 
 MODEL_SIZES = ("2b", "4b", "8b", "32b")
 """The public Qwen3-VL sizes that `model.model: random:SIZE` can build without weights."""
 
-PATH_KEYS = ("custom.train_jsonl", "custom.val_jsonl", "custom.ood_jsonl", "custom.taxonomy", "model.model")
+PATH_KEYS = (
+    *("custom.train_jsonl", "custom.val_jsonl", "custom.ood_jsonl", "custom.taxonomy"),
+    *("model.model", "deepspeed.config"),
+)
 """Keys whose relative paths are looked for in several places."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -117,11 +121,17 @@ def resolve(key: str, value: str, folder: Path, where: str) -> str | Problem:
     tried = list(dict.fromkeys(base / given for base in (Path.cwd(), folder, folder.parent)))
     if key == "model.model":
         return _resolve_model(value, tried, where)
+    if key == "deepspeed.config" and value in ZERO_NAMES:
+        return value
     for path in tried:
         if _is_file(path):
             return str(path.resolve())
     places = ", ".join(str(path)[:300] for path in tried)
-    return Problem(place(where, key), f"{shown(value)}: no such file", f"a file; tried {places}", "correct the path")
+    allowed, do = f"a file; tried {places}", "correct the path"
+    if key == "deepspeed.config":
+        guess = nearest(value, ZERO_NAMES)
+        allowed, do = f"{', '.join(ZERO_NAMES)}, or {allowed}", f"did you mean {guess}?" if guess else do
+    return Problem(place(where, key), f"{shown(value)}: no such file", allowed, do)
 
 
 def _resolve_model(value: str, tried: Sequence[Path], where: str) -> str | Problem:

@@ -18,8 +18,8 @@ class Model(Section):
     """Base model: `pocket` (built in), `random:2b|4b|8b|32b` (no weights), a folder, or a hub id `org/name`."""
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format in which frozen weights are held; what is trained is float32 in any case."""
-    attn_impl: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """Attention implementation, by transformers' name."""
+    attn_impl: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    """Attention implementation, by transformers' name; auto: flash_attention_2 on a GPU that has it, else sdpa."""
 
 
 class Template(Section):
@@ -67,7 +67,9 @@ class Training(Section):
     packing: bool = False
     """Whether samples are laid end to end into packs of at most the length limit."""
     gradient_checkpointing: bool = False
-    """Whether activations are computed again in the backward pass to save memory (never re-entrant)."""
+    """Whether layers run again in the backward pass to save memory: never re-entrant, and not before what trains."""
+    vit_gradient_checkpointing: bool | None = None
+    """The same for the vision blocks alone; null: as `gradient_checkpointing` says."""
     bf16: bool = False
     """Whether forward and backward compute in bfloat16; they do in any case on a base held in bfloat16."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 17
@@ -116,6 +118,8 @@ class Training(Section):
     """Optimizer step before which no checkpoint is written."""
     metric_for_best_model: Literal["eval_loss"] = "eval_loss"
     """What `best` means: the eval loss in nats per supervised token."""
+    load_best_model_at_end: bool = True
+    """Which adapter is the run's result: the one at the lowest eval loss, or the last one; both are kept."""
     greater_is_better: Literal[False] = False
     """The lower eval loss is the better one."""
 
@@ -146,7 +150,7 @@ class Deepspeed(Section):
     enabled: bool = False
     """Whether training runs under DeepSpeed."""
     config: Annotated[str, Field(min_length=1)] = "zero2"
-    """`zero2`, or the path of a DeepSpeed JSON."""
+    """`zero2`, `zero1`, or the path of a DeepSpeed JSON."""
 
 
 OpName = Literal[
@@ -243,8 +247,10 @@ class Tracking(Section):
     """Validation records whose images are exchanged for `eval/vision_gain`; 0: not measured."""
     vision_gain_every: Count = 5
     """`eval/vision_gain` is measured at every k-th evaluation, and at the last."""
-    generate_records: CountOrZero = 64
-    """Validation records for which answers are generated and scored (`eval/f1` ...); 0: none."""
+    generate_records: CountOrZero | None = 64
+    """Validation records for which answers are generated and scored (`eval/f1` ...); 0: none; null: all of them."""
+    generate_batch_size: Count = 16
+    """Records captioned at once by one rank."""
     smoothing_weight: Annotated[float, Field(ge=0, lt=1)] = 0.6
     """Weight of the past in the smoothed losses, as in TensorBoard."""
 
@@ -281,6 +287,11 @@ class Config(Section):
     def max_length(self) -> int:
         """Tokens per sample, and per pack, at most."""
         return self.global_max_length or self.template.max_length
+
+    @property
+    def pack_length(self) -> int | None:
+        """Tokens per pack at most; None where samples are not packed."""
+        return self.max_length if self.training.packing else None
 
     @property
     def raw_strategy(self) -> tuple[str, ...]:

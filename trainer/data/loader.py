@@ -1,42 +1,49 @@
-"""Samples in batches: a seeded order that can be entered at any step, micro-batches, batches of an evaluation."""
+"""Samples in batches: padded rows or one packed row, the micro-batches of a step, the batches of an evaluation."""
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import islice
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from trainer.data.packing import StepPlan, best_fit
 from trainer.data.records import OnBadRecord, Record, RecordSet, bad_records_error
 from trainer.data.template import Encoder, Sample
 
-# Shapes: B samples of a batch, L tokens of its longest sample, P patches and n images of the whole batch.
+# Shapes: L tokens of a row, P patches and n images of the whole batch. Padded: B rows, one a sample, L the longest of
+# them. Packed: B is 1, and L all samples end to end (the packs of a micro-batch too: one row needs no padding at all).
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples that one rank runs forward at once, padded on the right.
+    """Samples that one rank runs forward at once.
 
     Attributes:
-        record_ids: of the B samples.
-        domains: of the B samples.
+        record_ids: of the samples, in the order in which they stand in the rows.
+        domains: of the samples.
+        token_counts: of the samples, padding not counted.
+        supervised_counts: tokens with loss of the samples.
         input_ids: (B, L) int64.
-        attention_mask: (B, L) int64; 0 where padded.
+        attention_mask: (B, L) int64, 0 where padded. None where packed: transformers looks for packs in the positions
+            only where there is no mask.
         supervised: (B, L) bool.
-        position_ids: (4, B, L) int64; place in the text, then M-RoPE's time, height, width. 0 where padded.
+        position_ids: (4, B, L) int64; place in the text, then M-RoPE's time, height, width. 0 where padded; where
+            packed, a place of 0 begins the next sample.
         pixel_values: (P, numbers of a patch) float32.
         image_grid_thw: (n, 3) int64.
     """
 
     record_ids: tuple[str, ...]
     domains: tuple[str | None, ...]
+    token_counts: tuple[int, ...]
+    supervised_counts: tuple[int, ...]
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     supervised: Tensor
     position_ids: Tensor
     pixel_values: Tensor
@@ -44,49 +51,68 @@ class Batch:
 
     @property
     def n_samples(self) -> int:
-        """B."""
+        """Samples that count."""
         return len(self.record_ids)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens without padding."""
-        return int(self.attention_mask.sum())
+        """Tokens of the samples, without padding."""
+        return sum(self.token_counts)
 
     @property
     def n_supervised(self) -> int:
         """Tokens with loss."""
-        return int(self.supervised.sum())
+        return sum(self.supervised_counts)
 
     def model_inputs(self) -> dict[str, Tensor]:
         """Arguments of `Qwen3VLForConditionalGeneration.forward`."""
         names = ("input_ids", "attention_mask", "position_ids", "pixel_values", "image_grid_thw")
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch with its tensors on a device."""
-        tensors = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return Batch(record_ids=self.record_ids, domains=self.domains, **tensors)
+        names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, **moved)
+
+    def per_record(self, losses: Tensor) -> tuple[Tensor, ...]:
+        """(supervised tokens of the batch,) row by row -> the piece of each sample."""
+        return torch.split(losses, list(self.supervised_counts))
+
+    def silent(self) -> "Batch":
+        """The same forward pass without any weight: nothing is supervised, and no sample is counted.
+
+        A rank that has no pack left runs it, so that it takes part in the exchange of gradients; its own are zero.
+        """
+        nothing: dict[str, Any] = dict.fromkeys(("record_ids", "domains", "token_counts", "supervised_counts"), ())
+        return replace(self, **nothing, supervised=torch.zeros_like(self.supervised))
 
 
-def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Put samples in one batch, padded on the right to the longest.
+def collate(samples: Sequence[Sample], pad_id: int, *, packed: bool = False) -> Batch:
+    """Put samples in one batch: a row each, padded on the right to the longest, or all end to end in one row.
 
     Args:
         samples: at least one.
         pad_id: token id of the padding.
+        packed: whether they share one row.
 
     Returns:
         The batch, samples in the given order.
     """
-    pad = partial(pad_sequence, batch_first=True)
-    positions = [torch.cat([torch.arange(len(s.input_ids))[None], s.position_ids]) for s in samples]  # each (4, L)
+    positions = [torch.cat([torch.arange(len(s.input_ids))[None], s.position_ids]).T for s in samples]  # each (L, 4)
+
+    def rows(values: Sequence[Tensor], padding: int = 0) -> Tensor:
+        return torch.cat(list(values))[None] if packed else pad_sequence(list(values), True, padding)
+
     return Batch(
         record_ids=tuple(s.record_id for s in samples),
         domains=tuple(s.domain for s in samples),
-        input_ids=pad([s.input_ids for s in samples], padding_value=pad_id),
-        attention_mask=pad([torch.ones_like(s.input_ids) for s in samples]),
-        supervised=pad([s.supervised for s in samples]),
-        position_ids=pad([p.T for p in positions]).permute(2, 0, 1).contiguous(),
+        token_counts=tuple(len(s.input_ids) for s in samples),
+        supervised_counts=tuple(int(s.supervised.sum()) for s in samples),
+        input_ids=rows([s.input_ids for s in samples], pad_id),
+        attention_mask=None if packed else rows([torch.ones_like(s.input_ids) for s in samples]),
+        supervised=rows([s.supervised for s in samples]),
+        position_ids=rows(positions).permute(2, 0, 1).contiguous(),
         pixel_values=torch.cat([s.pixel_values for s in samples]),
         image_grid_thw=torch.cat([s.image_grid_thw for s in samples]),
     )
@@ -160,90 +186,70 @@ def check_lengths(record_set: RecordSet, encoder: Encoder, *, on_bad_record: OnB
     return RecordSet(record_set.path, kept, (*record_set.skipped, *messages))
 
 
-def epoch_order(n: int, *, seed: int, epoch: int) -> list[int]:
-    """The order of n samples in an epoch (from 0); depends on nothing but these three numbers."""
-    generator = np.random.default_rng([seed, epoch, *b"data-order"])
-    return [int(index) for index in generator.permutation(n)]
-
-
-def steps_per_epoch(n: int, micro_batch: int, accumulation: int) -> int:
-    """Optimizer steps of an epoch of n samples; the last one may be short."""
-    return math.ceil(n / (micro_batch * accumulation))
-
-
-def step_indices(
-    n: int, *, seed: int, micro_batch: int, accumulation: int, first_step: int = 0
-) -> Iterator[list[list[int]]]:
-    """Which samples each optimizer step holds, micro-batch by micro-batch; endless.
-
-    Args:
-        n: samples of an epoch.
-        seed: of the order.
-        micro_batch: samples of a micro-batch.
-        accumulation: micro-batches of a step; the last step of an epoch takes what is left.
-        first_step: how many steps to leave out at the start.
-
-    Yields:
-        Index lists into the samples.
-    """
-    samples_a_step = micro_batch * accumulation
-    epoch, step = divmod(first_step, steps_per_epoch(n, micro_batch, accumulation))
-    while True:
-        order = epoch_order(n, seed=seed, epoch=epoch)
-        for start in range(step * samples_a_step, n, samples_a_step):
-            yield _chunks(order[start : start + samples_a_step], micro_batch)
-        epoch, step = epoch + 1, 0
-
-
 def train_steps(
-    samples: SampleSet, *, seed: int, micro_batch: int, accumulation: int, workers: int = 0, first_step: int = 0
+    samples: SampleSet, plan: StepPlan, *, rank: int = 0, workers: int = 0, first_step: int = 0
 ) -> Iterator[list[Batch]]:
-    """The micro-batches of one optimizer step after the other; endless, see `step_indices`.
+    """One rank's micro-batches of one optimizer step after the other; endless.
 
     Args:
-        samples: at least one.
-        seed: of the order; the same seed gives the same batches whatever else differs.
-        micro_batch: samples of a micro-batch.
-        accumulation: micro-batches of a step.
+        samples: what the plan's indices mean.
+        plan: which samples each step holds; packs are laid end to end where it has a capacity.
+        rank: whose micro-batches.
         workers: loader processes; 0 encodes in this one.
         first_step: how many steps to leave out at the start; their images are not opened.
 
     Yields:
-        One to `accumulation` batches.
+        One to `accumulation` batches; a silent one where the rank has no pack left.
     """
-    plan = partial(
-        step_indices, len(samples), seed=seed, micro_batch=micro_batch, accumulation=accumulation, first_step=first_step
-    )
-    batches = _batches(samples, (indices for step in plan() for indices in step), workers)
-    for step in plan():
-        yield list(islice(batches, len(step)))
+    shortest = min(range(len(samples)), key=plan.lengths.__getitem__)
+
+    def steps() -> Iterator[list[list[int]]]:
+        return ([ranks[rank] for ranks in micro_batches] for micro_batches in plan.steps(first_step))
+
+    flat = (indices or [shortest] for step in steps() for indices in step)
+    batches = _batches(samples, flat, workers, packed=plan.capacity is not None)
+    for step in steps():
+        pairs = zip(step, islice(batches, len(step)), strict=True)
+        yield [batch if indices else batch.silent() for indices, batch in pairs]
 
 
-def eval_batches(samples: SampleSet, *, batch_size: int, workers: int = 0) -> Iterator[Batch]:
-    """Every sample once, short ones first, so that little is padded.
+def eval_batches(
+    samples: SampleSet,
+    *,
+    batch_size: int,
+    capacity: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Every sample once over all ranks, in packs or short ones first, so that little is padded.
 
     Args:
         samples: what to evaluate.
-        batch_size: samples of a batch; the last one may be smaller.
+        batch_size: packs (samples, unpacked) of a batch; the last one may be smaller.
+        capacity: tokens of a pack; None: no packs.
+        rank: whose share of the batches.
+        ranks: how many share them.
         workers: loader processes; 0 encodes in this one.
 
     Yields:
         Batches, always the same ones.
     """
     by_length = sorted(range(len(samples)), key=samples.lengths.__getitem__)
-    yield from _batches(samples, iter(_chunks(by_length, batch_size)), workers)
+    packs = [[index] for index in by_length] if capacity is None else best_fit(samples.lengths, by_length, capacity)
+    batches = [
+        [index for pack in packs[start : start + batch_size] for index in pack]
+        for start in range(0, len(packs), batch_size)
+    ]
+    yield from _batches(samples, iter(batches[rank::ranks]), workers, packed=capacity is not None)
 
 
-def _batches(samples: SampleSet, plan: Iterator[list[int]], workers: int) -> Iterator[Batch]:
+def _batches(samples: SampleSet, plan: Iterator[list[int]], workers: int, *, packed: bool) -> Iterator[Batch]:
     loader = DataLoader(
         samples,
         batch_sampler=plan,
-        collate_fn=partial(collate, pad_id=samples.encoder.pad_id),
+        collate_fn=partial(collate, pad_id=samples.encoder.pad_id, packed=packed),
         num_workers=workers,
         generator=torch.Generator(),  # without its own it would draw from, and so shift, torch's global stream
     )
     return iter(loader)
-
-
-def _chunks(indices: list[int], size: int) -> list[list[int]]:
-    return [indices[start : start + size] for start in range(0, len(indices), size)]

@@ -119,7 +119,7 @@ class Encoder:
         ids = [_token_id(tokenizer, token) for token in (IMAGE_TOKEN, END_TOKEN, tokenizer.pad_token or END_TOKEN)]
         self._image_id, self._end_id, self.pad_id = ids
         self.image_processor = image_processor
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._language = language
         self._system = system_prompt(scheme, language, emit_norm, taxonomy)
         self._max_pixels = max_pixels or _UNLIMITED_PIXELS
@@ -205,23 +205,21 @@ class Encoder:
 
     def _template_error(self, got: str) -> ModelError:
         return ModelError(
-            where=f"tokenizer {self._tokenizer.name_or_path}",
+            where=f"tokenizer {self.tokenizer.name_or_path}",
             got=got,
             allowed=f"Qwen3-VL's: one {IMAGE_TOKEN} an image, the answer right after the prompt, then {END_TOKEN}",
             do="use the tokenizer and chat template of a Qwen3-VL Instruct model",
         )
 
     def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        text = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         return str(text)
 
     def _prompt_ids(self, n_images: int) -> list[int]:
         """Token ids of the prompt with one image token an image; the same for all records, so made once."""
         if n_images not in self._prompts:
             text = self._render(self._messages(n_images), add_generation_prompt=True)
-            self._prompts[n_images] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            self._prompts[n_images] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self._prompts[n_images]
 
     def _prompt_length(self, record: Record) -> int:
@@ -230,7 +228,7 @@ class Encoder:
         return len(self._prompt_ids(n_images)) + n_images * (width * height // self._factor**2 - 1)
 
     def _answer_ids(self, record: Record) -> list[int]:
-        ids: list[int] = self._tokenizer(self.answer(record), add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(self.answer(record), add_special_tokens=False)["input_ids"]
         return [*ids, self._end_id]
 
     def _sample(self, record: Record, answer: list[int]) -> Sample:

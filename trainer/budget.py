@@ -1,0 +1,91 @@
+"""How long training is and what one optimizer step holds: packs, steps, warm-up, and when things are due."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from trainer.config.schema import Config
+from trainer.data.packing import StepPlan
+from trainer.loop import Cadence
+from trainer.optim import Schedule
+from trainer.strategy import Part
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The steps of one run; every number of it follows from the plan and the length of training."""
+
+    plan: StepPlan
+    total_steps: int
+    warmup_steps: int
+
+    @property
+    def samples(self) -> int:
+        """Training samples of an epoch."""
+        return len(self.plan.lengths)
+
+    @property
+    def effective_batch(self) -> int:
+        """Packs (samples, where they are not packed) in one optimizer step, over all ranks."""
+        return self.plan.micro_batch * self.plan.accumulation * self.plan.ranks
+
+    @property
+    def gate_look(self) -> int:
+        """The step after which the gate looks at the weights: the end of warm-up, but not before step 2, since LoRA's A
+        stands still in the first.
+        """
+        return max(2, self.warmup_steps)
+
+    @cached_property
+    def epoch_ends(self) -> tuple[int, ...]:
+        """The last step of each whole epoch that is trained."""
+        ends: list[int] = []
+        while not ends or ends[-1] < self.total_steps:
+            ends.append((ends[-1] if ends else 0) + self.plan.steps_in_epoch(len(ends)))
+        return tuple(end for end in ends if end <= self.total_steps)
+
+
+def budget_from(config: Config, lengths: tuple[int, ...]) -> Budget:
+    """Steps and packs of a run over samples of so many tokens."""
+    training = config.training
+    plan = StepPlan(
+        lengths=lengths,
+        seed=training.seed,
+        micro_batch=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        ranks=config.launch.nproc,
+        capacity=config.pack_length,
+    )
+    total = training.max_steps or plan.last_steps(training.num_train_epochs)[-1]
+    # rounded up, but not for the last bit of a float product: 0.07 * 100 is 7, not 8
+    return Budget(plan, total, math.ceil(round(training.warmup_ratio * total, 9)))
+
+
+def cadence_from(config: Config, budget: Budget) -> Cadence:
+    """When evaluating and saving are due; step 0 is evaluated too, so that every curve starts at the base model."""
+    training, total = config.training, budget.total_steps
+    saves = {
+        "best": (),
+        "steps": range(training.save_steps, total, training.save_steps),
+        "epoch": budget.epoch_ends,
+    }[training.save_strategy]
+    return Cadence(
+        total_steps=total,
+        n_samples=budget.samples,
+        eval_steps=frozenset(range(0, total, training.eval_steps)),
+        save_steps=frozenset(step for step in saves if training.save_delay_steps <= step < total),
+        save_best_from=max(1, min(training.save_delay_steps, total)),
+        patience=training.early_stopping_patience,
+    )
+
+
+def schedule_from(config: Config, budget: Budget) -> Schedule:
+    """Peaks and floor, each times `lr_scale`."""
+    training = config.training
+    peaks = {Part.VISION: training.vit_lr, Part.ALIGNER: training.aligner_lr, Part.LLM: training.learning_rate}
+    return Schedule(
+        peaks={part.value: peak * training.lr_scale for part, peak in peaks.items()},
+        floor=training.lr_scheduler_kwargs.min_lr * training.lr_scale,
+        warmup_steps=budget.warmup_steps,
+        total_steps=budget.total_steps,
+    )

@@ -1,0 +1,136 @@
+"""Lays samples into packs of bounded length, and packs into the micro-batches of every rank; seeded, nothing lost.
+
+A pack is a list of sample indices. Without packing every pack holds one sample, so that all below is written once.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+Pack = list[int]
+
+WINDOW = 1024
+"""Samples of the shuffled order that are packed together: enough for full packs, and an order that stays random."""
+
+
+def epoch_order(n: int, *, seed: int, epoch: int, purpose: str = "data-order") -> list[int]:
+    """The order of n things in an epoch (from 0); depends on nothing but these four values."""
+    generator = np.random.default_rng([seed, epoch, *purpose.encode()])
+    return [int(index) for index in generator.permutation(n)]
+
+
+def best_fit(lengths: Sequence[int], order: Sequence[int], capacity: int, *, window: int = WINDOW) -> list[Pack]:
+    """Pack samples best-fit decreasing, window by window of an order.
+
+    Inside a window the longest sample comes first, and each goes into the fullest pack that has room for it (best-fit
+    decreasing: at most 11/9 of the optimal number of packs and one; Johnson 1974). The emptiest pack of a window
+    is taken up again in the next one.
+
+    Args:
+        lengths: tokens of each sample, none above `capacity`.
+        order: indices into `lengths`, each at most once.
+        capacity: tokens of a pack.
+        window: samples packed together.
+
+    Returns:
+        Packs that hold every index of `order` once; in each, the samples are in the order they were put there.
+    """
+    packs: list[Pack] = []
+    carried: Pack = []
+    for start in range(0, len(order), window):
+        chosen = sorted([*carried, *order[start : start + window]], key=lambda index: -lengths[index])
+        filled = _fill(lengths, chosen, capacity)
+        last = start + window >= len(order)
+        carried = [] if last else filled.pop()[1]
+        packs += [pack for _, pack in filled]
+    return packs
+
+
+def _fill(lengths: Sequence[int], samples: Sequence[int], capacity: int) -> list[tuple[int, Pack]]:
+    """(room left, pack) of every pack, the fullest first."""
+    filled: list[tuple[int, Pack]] = []  # sorted by room, so that the first with enough room is the fullest
+    for index in samples:
+        place = bisect_left(filled, lengths[index], key=lambda pair: pair[0])
+        room, pack = filled.pop(place) if place < len(filled) else (capacity, [])
+        insort(filled, (room - lengths[index], [*pack, index]), key=lambda pair: pair[0])
+    return filled
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which samples every rank runs in every micro-batch of every optimizer step: a pure function of its fields."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each sample."""
+    seed: int
+    micro_batch: int
+    """Packs that one rank runs forward at once."""
+    accumulation: int
+    """Micro-batches of each rank in one optimizer step; the last step of an epoch may have fewer."""
+    ranks: int = 1
+    capacity: int | None = None
+    """Tokens of a pack; None: every sample is a pack of its own."""
+
+    def packs(self, epoch: int) -> tuple[Pack, ...]:
+        """The packs of an epoch in the order in which they are trained on; every sample is in exactly one."""
+        return _packs(self.lengths, self.seed, epoch, self.capacity)
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """Optimizer steps of an epoch."""
+        return math.ceil(len(self.packs(epoch)) / (self.micro_batch * self.accumulation * self.ranks))
+
+    def last_steps(self, epochs: float) -> list[int]:
+        """The step that ends each epoch, counted from 1; a fraction ends inside its epoch."""
+        whole, steps = math.floor(epochs), 0
+        ends = []
+        for epoch in range(whole):
+            steps += self.steps_in_epoch(epoch)
+            ends.append(steps)
+        # rounded up, but not for the last bit of a float product: 0.07 * 100 is 7, not 8
+        part = math.ceil(round((epochs - whole) * self.steps_in_epoch(whole), 9)) if epochs > whole else 0
+        return [*ends, steps + part] if part else ends
+
+    def steps(self, first_step: int = 0) -> Iterator[list[list[Pack]]]:
+        """The micro-batches of one step after the other, each as one list of samples a rank; endless.
+
+        Ranks share the packs of a step micro-batch by micro-batch. Where an epoch's last packs do not reach all of
+        them, the rest get an empty list: they must run something of no weight, since the others wait for them.
+
+        Args:
+            first_step: how many steps to leave out at the start.
+
+        Yields:
+            micro-batches -> ranks -> sample indices, the packs of a rank's micro-batch end to end.
+        """
+        epoch = 0
+        while first_step >= (count := self.steps_in_epoch(epoch)):
+            first_step -= count
+            epoch += 1
+        while True:
+            packs = self.packs(epoch)
+            at_once = self.micro_batch * self.ranks
+            for start in range(first_step * at_once * self.accumulation, len(packs), at_once * self.accumulation):
+                of_step = packs[start : start + at_once * self.accumulation]
+                yield [self._shared(of_step[i : i + at_once]) for i in range(0, len(of_step), at_once)]
+            epoch, first_step = epoch + 1, 0
+
+    def _shared(self, packs: Sequence[Pack]) -> list[Pack]:
+        """A micro-batch's packs by rank, as evenly as they go, so that no rank waits for another that has two."""
+        each, more = divmod(len(packs), self.ranks)
+        ends = np.cumsum([each + (rank < more) for rank in range(self.ranks)]).tolist()
+        return [
+            [index for pack in packs[start:end] for index in pack] for start, end in zip([0, *ends], ends, strict=False)
+        ]
+
+
+@lru_cache(maxsize=4)  # the plan, the loader and the counts of a run ask for the same epochs
+def _packs(lengths: tuple[int, ...], seed: int, epoch: int, capacity: int | None) -> tuple[Pack, ...]:
+    order = epoch_order(len(lengths), seed=seed, epoch=epoch)
+    if capacity is None:
+        return tuple([index] for index in order)
+    packs = best_fit(lengths, order, capacity)
+    return tuple(packs[i] for i in epoch_order(len(packs), seed=seed, epoch=epoch, purpose="pack-order"))

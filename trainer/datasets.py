@@ -1,0 +1,136 @@
+"""The records of one run, read, checked and ready to be encoded; and the sets that are evaluated again and again."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from trainer.config.schema import Config
+from trainer.data import loader
+from trainer.data.digits import ensure_digits
+from trainer.data.exchange import exchange_images
+from trainer.data.loader import Batch, SampleSet, collate, eval_batches
+from trainer.data.packing import best_fit
+from trainer.data.prompts import Taxonomy
+from trainer.data.records import Record, RecordSet, read_records
+from trainer.data.template import Encoder, Sample
+from trainer.errors import DataError
+from trainer.events import EVAL, EXCHANGED, OOD, PROBE
+from trainer.loop import EvalSet
+from trainer.model import Tools
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The validated records of one run."""
+
+    train: RecordSet
+    val: RecordSet
+    ood: RecordSet | None
+    taxonomy: Taxonomy | None
+
+    def sets(self) -> dict[str, RecordSet]:
+        """`train`, `val` and, where there is one, `ood`."""
+        return {"train": self.train, "val": self.val} | ({"ood": self.ood} if self.ood is not None else {})
+
+
+def spread(records: Sequence[Record], count: int | None) -> tuple[Record, ...]:
+    """`count` records evenly spread over a file, the same for every seed and arm; all of them where there are fewer."""
+    count = len(records) if count is None else min(count, len(records))
+    return tuple(records[i * len(records) // count] for i in range(count))
+
+
+def cache_folder() -> Path:
+    """Where the built-in data is kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vision-tower-experiments"
+
+
+def read_data(config: Config) -> Data:
+    """Read and validate all records; the built-in digits where no file is given.
+
+    Raises:
+        DataError: naming every bad record.
+    """
+    custom, digits = config.custom, config.custom.digits
+    train, val, ood, taxonomy = custom.train_jsonl, custom.val_jsonl, custom.ood_jsonl, custom.taxonomy
+    if train is None or val is None:
+        try:
+            paths = ensure_digits(
+                cache_folder(), seed=digits.seed, n_train=digits.train, n_val=digits.val, n_ood=digits.ood
+            )
+        except OSError as error:
+            raise DataError(
+                "the built-in data",
+                f"{cache_folder()}: {error.strerror}",
+                "a folder that can be written",
+                "set XDG_CACHE_HOME to one",
+            ) from None
+        train, val, taxonomy = str(paths.train), str(paths.val), taxonomy or str(paths.taxonomy)
+        ood = str(paths.ood) if digits.ood else None
+    return Data(
+        train=read_records(Path(train), on_bad_record=custom.on_bad_record),
+        val=read_records(Path(val), on_bad_record=custom.on_bad_record),
+        ood=read_records(Path(ood), on_bad_record=custom.on_bad_record) if ood else None,
+        taxonomy=Taxonomy.read(Path(taxonomy)) if taxonomy else None,
+    )
+
+
+def make_encoder(config: Config, tools: Tools, taxonomy: Taxonomy | None) -> Encoder:
+    """What turns records into samples."""
+    return Encoder(
+        tools.tokenizer,
+        tools.image_processor,
+        scheme=config.prompts.scheme,
+        language=config.prompts.language,
+        emit_norm=config.custom.emit_norm,
+        taxonomy=taxonomy,
+        max_length=config.max_length,
+        truncation=config.template.truncation_strategy,
+        max_pixels=config.template.max_pixels,
+    )
+
+
+def check_lengths(config: Config, data: Data, encoder: Encoder) -> Data:
+    """The records that can be encoded.
+
+    Raises:
+        DataError: naming every record that cannot, unless bad records are skipped.
+    """
+    skip = config.custom.on_bad_record
+    return replace(
+        data,
+        train=loader.check_lengths(data.train, encoder, on_bad_record=skip),
+        val=loader.check_lengths(data.val, encoder, on_bad_record=skip),
+        ood=data.ood and loader.check_lengths(data.ood, encoder, on_bad_record=skip),
+    )
+
+
+def eval_sets_from(config: Config, data: Data, encoder: Encoder, *, rank: int, ranks: int) -> Mapping[str, EvalSet]:
+    """The sets that are evaluated again and again, one rank's share of each; each is encoded once."""
+    tracking, at_once = config.tracking, config.training.per_device_eval_batch_size
+
+    def plain(records: tuple[Record, ...]) -> EvalSet:
+        samples = SampleSet(records, encoder)
+        share = partial(eval_batches, samples, batch_size=at_once, capacity=config.pack_length, rank=rank, ranks=ranks)
+        return EvalSet(share)
+
+    sets = {EVAL: plain(data.val.records)}
+    if tracking.probe_records:
+        sets[PROBE] = plain(spread(data.train.records, tracking.probe_records))
+    if data.ood is not None:
+        sets[OOD] = plain(data.ood.records)
+    subset = spread(data.val.records, tracking.vision_gain_records)
+    if exchanged := exchange_images(encoder.encode(record) for record in subset):
+        batches = exchanged_batches(exchanged, encoder.pad_id, batch_size=at_once, capacity=config.pack_length)
+        sets[EXCHANGED] = EvalSet(lambda: batches[rank::ranks], every=tracking.vision_gain_every)
+    return sets
+
+
+def exchanged_batches(samples: Sequence[Sample], pad_id: int, *, batch_size: int, capacity: int | None) -> list[Batch]:
+    """Encoded samples in batches of `batch_size` packs, or samples where they are not packed."""
+    lengths = [len(sample.input_ids) for sample in samples]
+    order = range(len(samples))
+    packs = [[index] for index in order] if capacity is None else best_fit(lengths, order, capacity)
+    batches = [packs[start : start + batch_size] for start in range(0, len(packs), batch_size)]
+    return [collate([samples[i] for pack in b for i in pack], pad_id, packed=capacity is not None) for b in batches]

@@ -1,0 +1,111 @@
+"""What one process, several ranks and ZeRO-2 do differently: backward, exchange of gradients, clipping, the update.
+
+The loss is a sum over the supervised tokens of the *whole* step, so gradients of ranks are added, not averaged: both
+DistributedDataParallel and DeepSpeed divide by the number of ranks, and the loss is multiplied by it beforehand.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from trainer.data.loader import Batch
+from trainer.model import SupervisedLoss, TrainedTensor
+
+
+class Engine:
+    """One process, or ranks that exchange gradients through DistributedDataParallel."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        loss: SupervisedLoss,
+        optimizer: torch.optim.Optimizer,
+        trained: Sequence[TrainedTensor],
+        *,
+        max_grad_norm: float,
+    ) -> None:
+        """Prepare a model for training.
+
+        Args:
+            accelerator: of this rank.
+            loss: the model as a function from inputs to the loss of every supervised token.
+            optimizer: over all of `trained`.
+            trained: the tensors that train, in the model's order.
+            max_grad_norm: norm to which the whole gradient is clipped.
+        """
+        self.loss, self.trained, self.max_grad_norm = loss, trained, max_grad_norm
+        self._accelerator = accelerator
+        wrapped: Any = accelerator.prepare(loss, optimizer)
+        self._model, self.optimizer = wrapped
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        self.device: torch.device = accelerator.device
+
+    def accumulate(self, batch: Batch, n_supervised: int, *, last: bool) -> Tensor:
+        """Run a micro-batch forward and backward; gradients add up until `update`.
+
+        Args:
+            batch: of this rank.
+            n_supervised: supervised tokens of the whole step, all micro-batches and ranks.
+            last: whether it is the step's last micro-batch, after which gradients are complete on all ranks.
+
+        Returns:
+            (supervised tokens of the batch,) nats, row by row.
+        """
+        with nullcontext() if last else self._accelerator.no_sync(self._model):
+            nll = self._losses(self._model, batch)
+            (nll.sum() * (self.ranks / n_supervised)).backward()
+        return nll.detach()
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Losses of a batch in eval mode, of this rank alone: (supervised tokens of the batch,) nats, row by row."""
+        return self._losses(self.loss, batch)
+
+    def _losses(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        moved = batch.to(self.device)
+        losses: Tensor = model(supervised=moved.supervised, **moved.model_inputs())
+        return losses
+
+    def gradient(self, tensor: TrainedTensor) -> Tensor | None:
+        """A tensor's gradient over the whole step, complete and not yet clipped; all ranks ask for it together."""
+        return tensor.parameter.grad
+
+    def weight(self, tensor: TrainedTensor) -> Tensor:
+        """The float32 values that the optimizer updates; all ranks ask for them together."""
+        return tensor.parameter.detach()
+
+    def gradient_norms(self) -> dict[str, float]:
+        """L2 norm of the whole step's gradient over each part, and `total`."""
+        squares: dict[str, list[Tensor]] = {}
+        for tensor in self.trained:
+            if tensor.parameter.grad is not None:
+                squares.setdefault(tensor.part.value, []).append(tensor.parameter.grad)
+        norms = {part: torch.nn.utils.get_total_norm(gradients).item() for part, gradients in squares.items()}
+        return {**norms, "total": math.hypot(*norms.values())}
+
+    def update(self, norm: float) -> None:
+        """Clip the gradient, whose norm is `norm`, and update the weights."""
+        scale = self.max_grad_norm / (norm + 1e-6)  # the same guard as torch.nn.utils.clip_grad_norm_
+        if scale < 1:
+            torch._foreach_mul_([t.parameter.grad for t in self.trained if t.parameter.grad is not None], scale)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over all ranks, in float64."""
+        if self.ranks == 1:
+            return list(values)
+        total: Tensor = self._accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.device), "sum")
+        sums: list[float] = total.tolist()
+        return sums
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The lists of all ranks, end to end."""
+        gathered: list[Any] = gather_object(items) if self.ranks > 1 else items
+        return gathered

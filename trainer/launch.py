@@ -1,0 +1,131 @@
+"""Starts the ranks of a run, a process each, with torch's own launcher; and joins them to one group."""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from trainer.errors import ConfigError
+
+
+def is_rank() -> bool:
+    """Whether this process is one rank of several that a launcher has started."""
+    return "LOCAL_RANK" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process speaks for the run: the first rank, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def start(nproc: int, arguments: Sequence[str]) -> int:
+    """Run `python -m trainer ARGUMENTS` on `nproc` ranks of this machine, to their end.
+
+    Ranks share the cores: each gets its part of them as threads, unless OMP_NUM_THREADS says otherwise. When one dies
+    the others are ended.
+
+    Returns:
+        The exit status of the rank that failed first, or 0.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what went wrong
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(settings, sys.executable)("-m", "trainer", *arguments)
+    except ChildFailedError as error:
+        status: int = error.get_first_failure()[1].exitcode
+        return status if status >= 0 else 128 - status
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        return 128 + int(error.sigval)
+    return 0
+
+
+def join(nproc: int, make_zero: Callable[[], Any] | None) -> Any:
+    """The accelerator of this rank, in one group with the others.
+
+    Args:
+        nproc: ranks that the configuration asks for; the plan of the run has been made for so many.
+        make_zero: makes an accelerator for DeepSpeed; None: without DeepSpeed.
+
+    Raises:
+        ConfigError: a launcher has started another number of ranks.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != nproc:
+        raise ConfigError(
+            "launch.nproc",
+            f"{nproc}, and a launcher has started {started} ranks",
+            "the same number, or one process that starts the ranks itself",
+            f"set launch.nproc to {started}, or start without torchrun or accelerate launch",
+        )
+    if make_zero is not None:
+        _alone()
+        return make_zero()
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",  # SupervisedLoss computes in bf16 itself, whatever the environment says
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def on_first_rank(accelerator: Any, make: Callable[[], Any]) -> Any:
+    """What `make` returns on the first rank, on every rank; where it raises there, the others end quietly."""
+    from accelerate.utils import broadcast_object_list
+
+    box: list[Any] = [None]
+    try:
+        if accelerator.is_main_process:
+            box = [make()]
+    finally:
+        if accelerator.num_processes > 1:
+            broadcast_object_list(box)
+    if box[0] is None:
+        raise SystemExit(0)  # the first rank says what is wrong, with its exit status
+    return box[0]
+
+
+def leave(accelerator: Any) -> None:
+    """Take the group apart, so that no rank ends while another still waits for it."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def _alone() -> None:
+    """DeepSpeed wants a group also for a single process: name this one the first of one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if is_rank():
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip

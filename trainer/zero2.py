@@ -1,0 +1,110 @@
+"""ZeRO-2: gradients and optimizer state split over ranks, by DeepSpeed through accelerate (arXiv:1910.02054).
+
+Batch, accumulation, clipping, precision, optimizer and schedule are this project's own also under DeepSpeed, so that a
+run with it is the same run. Trained tensors stay float32 and are their own masters: DeepSpeed's bf16 mode would cast
+them, and the frozen base needs no casting.
+"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from torch import Tensor
+
+from trainer.data.loader import Batch
+from trainer.engine import Engine
+from trainer.model import SupervisedLoss, TrainedTensor
+
+_LARGEST_BUCKET = 200_000_000
+"""Elements exchanged at once; DeepSpeed holds a buffer of that size."""
+
+
+def deepspeed_accelerator(
+    settings: Mapping[str, Any], *, micro_batch: int, max_grad_norm: float, n_trained: int
+) -> Accelerator:
+    """An accelerator that prepares models for DeepSpeed.
+
+    Args:
+        settings: DeepSpeed's own, as `zero_settings` returns them.
+        micro_batch: packs that one rank runs forward at once; DeepSpeed only wants to know.
+        max_grad_norm: norm to which the whole gradient is clipped.
+        n_trained: parameters that train.
+    """
+    bucket = min(_LARGEST_BUCKET, n_trained)
+    zero = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, **settings["zero_optimization"]}
+    ours = {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": 1,  # the engine is told where a step ends, see `accumulate`
+        "gradient_clipping": max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+    }
+    # without an accelerator chip accelerate asks for no process group at all unless a backend is named
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    with redirect_stdout(sys.stderr):  # on a CPU it compiles a part of itself the first time, and prints that
+        return Accelerator(
+            mixed_precision="no",  # SupervisedLoss computes in bf16 itself
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config={**settings, **ours}),
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
+        )
+
+
+class ZeroEngine(Engine):
+    """Ranks that split gradients and optimizer state."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        loss: SupervisedLoss,
+        optimizer: torch.optim.Optimizer,
+        trained: Sequence[TrainedTensor],
+        *,
+        max_grad_norm: float,
+    ) -> None:
+        """Prepare a model for training; see `Engine`."""
+        super().__init__(accelerator, loss, optimizer, trained, max_grad_norm=max_grad_norm)
+        self._engine: Any = self._model
+
+    def accumulate(self, batch: Batch, n_supervised: int, *, last: bool) -> Tensor:
+        """Run a micro-batch forward and backward; see `Engine.accumulate`.
+
+        The engine's `backward` and `update` are called apart: accelerate's `backward` would update by itself, before
+        anybody has looked at the gradients.
+        """
+        self._engine.set_gradient_accumulation_boundary(is_boundary=last)
+        nll = self._losses(self._engine, batch)
+        self._engine.backward(nll.sum() * (self.ranks / n_supervised), scale_wrt_gas=False)
+        return nll.detach()
+
+    def gradient(self, tensor: TrainedTensor) -> Tensor | None:
+        """A tensor's gradient over the whole step, gathered from all ranks."""
+        gradient: Tensor | None = safe_get_full_grad(tensor.parameter)
+        return gradient
+
+    def weight(self, tensor: TrainedTensor) -> Tensor:
+        """The float32 master of a tensor, gathered from all ranks."""
+        master: Tensor = safe_get_full_fp32_param(tensor.parameter)
+        return master.detach()
+
+    def gradient_norms(self) -> dict[str, float]:
+        """L2 norm of the whole step's gradient over each part, and `total`: of the pieces that each rank keeps."""
+        parts = sorted({tensor.part.value for tensor in self.trained})
+        squares = dict.fromkeys(parts, 0.0)
+        for tensor in self.trained:
+            piece: Any = getattr(tensor.parameter, "_hp_mapping", None)  # None: all of it lies on other ranks
+            if piece is not None:
+                gradient = piece.get_lp_grad_fragment(getattr(tensor.parameter, "_index_in_param_group"))  # noqa: B009
+                squares[tensor.part.value] += gradient.double().square().sum().item()
+        norms = {part: math.sqrt(square) for part, square in zip(parts, self.sum(*squares.values()), strict=True)}
+        return {**norms, "total": math.hypot(*norms.values())}
+
+    def update(self, norm: float) -> None:
+        """Clip by the norm that DeepSpeed finds itself, update the weights, and share them among the ranks."""
+        self._engine.step()
