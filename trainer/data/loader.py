@@ -236,7 +236,8 @@ def eval_batches(
         Batches, always the same ones.
     """
     by_length = sorted(range(len(samples)), key=samples.lengths.__getitem__)
-    packs = [[index] for index in by_length] if capacity is None else best_fit(samples.lengths, by_length, capacity)
+    longest_first = by_length[::-1]  # fills packs best, and in an evaluation nothing depends on who shares one
+    packs = [[i] for i in by_length] if capacity is None else best_fit(samples.lengths, longest_first, capacity)
     batches = [
         [index for pack in packs[start : start + batch_size] for index in pack]
         for start in range(0, len(packs), batch_size)

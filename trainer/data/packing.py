@@ -24,11 +24,11 @@ def epoch_order(n: int, *, seed: int, epoch: int, purpose: str = "data-order") -
 
 
 def best_fit(lengths: Sequence[int], order: Sequence[int], capacity: int, *, window: int = WINDOW) -> list[Pack]:
-    """Pack samples best-fit decreasing, window by window of an order.
+    """Pack samples best-fit, window by window of an order: each goes into the fullest pack that has room for it.
 
-    Inside a window the longest sample comes first, and each goes into the fullest pack that has room for it (best-fit
-    decreasing: at most 11/9 of the optimal number of packs and one; Johnson 1974). The emptiest pack of a window
-    is taken up again in the next one.
+    Samples are taken as the order has them. Taking the longest first would fill packs a little better, and would put
+    samples of equal length together: measured on pocket, that made every arm's eval loss worse (docs/log.md). The
+    emptiest pack of a window is taken up again in the next one.
 
     Args:
         lengths: tokens of each sample, none above `capacity`.
@@ -42,8 +42,7 @@ def best_fit(lengths: Sequence[int], order: Sequence[int], capacity: int, *, win
     packs: list[Pack] = []
     carried: Pack = []
     for start in range(0, len(order), window):
-        chosen = sorted([*carried, *order[start : start + window]], key=lambda index: -lengths[index])
-        filled = _fill(lengths, chosen, capacity)
+        filled = _fill(lengths, [*carried, *order[start : start + window]], capacity)
         last = start + window >= len(order)
         carried = [] if last else filled.pop()[1]
         packs += [pack for _, pack in filled]
