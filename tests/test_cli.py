@@ -54,7 +54,14 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "unknown profile": (["last6_lora", "--profile", "pockt"], ["pockt", "did you mean pocket?"]),
     "unknown model": (["last6_lora", "--model", "./no/model"], ["./no/model", "no such model"]),
-    "a setting that is not built": (["last6_lora", "--training.packing", "true"], ["training.packing", "false"]),
+    "a DeepSpeed file that is not there": (
+        ["last6_lora", "--deepspeed.enabled", "true", "--deepspeed.config", "zero3"],
+        ["deepspeed.config", "zero2", "did you mean"],
+    ),
+    "a setting that is not built": (
+        ["last6_lora", "--custom.images_per_user_turn", "2"],
+        ["custom.images_per_user_turn", "1"],
+    ),
     "a file store": (["last6_lora"], ["MLFLOW_TRACKING_URI", "file store"]),
     "an output folder that is a file": (["last6_lora", "--output_dir", "taken"], ["taken"]),
 }  # fmt: skip

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import ARMS, MakeParts, tiny_batch
-from trainer.build import budget_from, refuse_unbuilt, schedule_from, strategy_from
+from tests.conftest import ARMS, MakeParts, take_step, tiny_batch
+from trainer.budget import budget_from, schedule_from
+from trainer.build import refuse_unbuilt, strategy_from
 from trainer.config.load import load
 from trainer.gate import Verdict
-from trainer.loop import train_step
 from trainer.model import parameter_shapes
 from trainer.strategy import make_plan
 
@@ -113,7 +113,7 @@ def test_lr_scale_keeps_the_ratios_between_arms(arm: str) -> None:
     config = load(arm).config
     plain = load(arm, overrides={"training.lr_scale": "1"}).config
     scale = config.training.lr_scale
-    a, b = (schedule_from(c, budget_from(c, 100)) for c in (config, plain))
+    a, b = (schedule_from(c, budget_from(c, (100,) * 100)) for c in (config, plain))
     assert a.peaks == {part: pytest.approx(peak * scale) for part, peak in b.peaks.items()}
     assert a.floor == pytest.approx(b.floor * scale)
 
@@ -123,6 +123,6 @@ def test_two_steps_pass_the_gate(arm: str, make_parts: MakeParts) -> None:
     """On the tiny model with the real depth of vision, dropout as shipped."""
     parts = make_parts(arm, dropout=load(arm).config.tuner.lora_dropout)
     for step in (1, 2):
-        train_step(parts, [tiny_batch([8, 9], seed=step)], step)
-        parts.gate.after_update(step)
+        take_step(parts, [tiny_batch([8, 9], seed=step)], step)
+        parts.gate.after_update(step, parts.engine.weight)
     assert parts.gate.verdict is Verdict.PASSED

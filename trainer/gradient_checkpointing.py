@@ -6,10 +6,11 @@ frozen prefix of the vision tower runs once a step, whatever is checkpointed beh
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 from peft import PeftModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.model import trained_tensors
 from trainer.strategy import Part
@@ -17,7 +18,7 @@ from trainer.strategy import Part
 _LAYER = re.compile(r"model\.(?:visual\.blocks|language_model\.layers)\.(\d+)\.")
 
 
-def checkpoint_layers(model: PeftModel, parts: Iterable[Part]) -> list[str]:
+def checkpoint_layers(model: PeftModel, parts: Collection[Part]) -> list[str]:
     """Turn gradient checkpointing on for the vision blocks or the LLM layers that have a gradient to pass on.
 
     Args:
@@ -29,15 +30,18 @@ def checkpoint_layers(model: PeftModel, parts: Iterable[Part]) -> list[str]:
     """
     first = _first_layers(model)
     base: Any = model.get_base_model()
-    base = base.model
-    layers = {Part.VISION: base.visual.blocks, Part.LLM: base.language_model.layers}
+    layers = {Part.VISION: base.model.visual.blocks, Part.LLM: base.model.language_model.layers}
     stems = {Part.VISION: "model.visual.blocks", Part.LLM: "model.language_model.layers"}
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    base.disable_input_require_grads()  # the re-entrant form needs them; here they would give frozen layers a graph
     checkpointed = []
     for part, of_part in layers.items():
         for index, layer in enumerate(of_part):
-            layer.gradient_checkpointing = part in parts and index >= first.get(part, len(of_part))
-            if layer.gradient_checkpointing:
+            on = part in parts and index >= first.get(part, len(of_part))
+            for module in layer.modules():  # a layer that trains in full is PEFT's wrapper around its copies
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.gradient_checkpointing = on
+            if on:
                 checkpointed.append(f"{stems[part]}.{index}")
     return checkpointed
 

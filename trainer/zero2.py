@@ -5,7 +5,6 @@ run with it is the same run. Trained tensors stay float32 and are their own mast
 them, and the frozen base needs no casting.
 """
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -93,17 +92,15 @@ class ZeroEngine(Engine):
         master: Tensor = safe_get_full_fp32_param(tensor.parameter)
         return master.detach()
 
-    def gradient_norms(self) -> dict[str, float]:
-        """L2 norm of the whole step's gradient over each part, and `total`: of the pieces that each rank keeps."""
-        parts = sorted({tensor.part.value for tensor in self.trained})
-        squares = dict.fromkeys(parts, 0.0)
-        for tensor in self.trained:
-            piece: Any = getattr(tensor.parameter, "_hp_mapping", None)  # None: all of it lies on other ranks
-            if piece is not None:
-                gradient = piece.get_lp_grad_fragment(getattr(tensor.parameter, "_index_in_param_group"))  # noqa: B009
-                squares[tensor.part.value] += gradient.double().square().sum().item()
-        norms = {part: math.sqrt(square) for part, square in zip(parts, self.sum(*squares.values()), strict=True)}
-        return {**norms, "total": math.hypot(*norms.values())}
+    def _own_gradient(self, tensor: TrainedTensor) -> Tensor | None:
+        """The piece of a tensor's gradient that this rank keeps; None where all of it lies on other ranks."""
+        parameter: Any = tensor.parameter
+        mapping = parameter._hp_mapping
+        return None if mapping is None else mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+
+    def _over_pieces(self, *squares: float) -> list[float]:
+        """Sums of something over the pieces of all ranks."""
+        return self.sum(*squares)
 
     def update(self, norm: float) -> None:
         """Clip by the norm that DeepSpeed finds itself, update the weights, and share them among the ranks."""

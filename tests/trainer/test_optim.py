@@ -45,20 +45,20 @@ def test_edges_of_warm_up(warmup: int, total: int) -> None:
 def test_every_trained_tensor_is_in_exactly_one_group_and_no_group_is_empty(make_parts: MakeParts, arm: str) -> None:
     """Frozen tensors are in none; tensors of one dimension are not decayed."""
     parts = make_parts(arm)
-    grouped = [p for group in parts.optimizer.param_groups for p in group["params"]]
-    assert sorted(map(id, grouped)) == sorted(id(t.parameter) for t in parts.trained)
-    for group in parts.optimizer.param_groups:
+    grouped = [p for group in parts.engine.optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(id(t.parameter) for t in parts.engine.trained)
+    for group in parts.engine.optimizer.param_groups:
         assert group["params"]
         assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] > 0}
     has_vision = arm != "frozen_vision"
-    assert {g["part"] for g in parts.optimizer.param_groups} == {"aligner", "llm"} | (
+    assert {g["part"] for g in parts.engine.optimizer.param_groups} == {"aligner", "llm"} | (
         {"vision"} if has_vision else set()
     )
 
 
 def test_the_rates_that_are_reported_are_those_the_optimizer_holds(make_parts: MakeParts) -> None:
     """Read back from the optimizer, part by part."""
-    optimizer = make_parts().optimizer
+    optimizer = make_parts().engine.optimizer
     rates = set_rates(optimizer, SCHEDULE, 20)
     assert rates == {"vision": 1.2e-4, "aligner": 1e-4, "llm": 1e-4}
     assert {g["part"]: g["lr"] for g in optimizer.param_groups} == rates
@@ -66,7 +66,7 @@ def test_the_rates_that_are_reported_are_those_the_optimizer_holds(make_parts: M
 
 def test_the_optimizer_is_adamw_by_its_published_formula(make_parts: MakeParts) -> None:
     """One step of decoupled decay and bias-corrected moments, written out by hand."""
-    optimizer = make_parts().optimizer
+    optimizer = make_parts().engine.optimizer
     set_rates(optimizer, SCHEDULE, 20)
     group = next(g for g in optimizer.param_groups if g["part"] == "aligner" and g["weight_decay"])
     parameter = group["params"][0]

@@ -41,12 +41,17 @@ def test_every_value_has_its_origin(plan: str) -> None:
 
 
 def test_the_rows_add_up_to_the_counts(plan: str) -> None:
-    """Trained and frozen parameters of all rules are all parameters; 32 samples a step, two steps an epoch, six."""
+    """Trained parameters of all rules are the total; packs, batch and steps with their arithmetic, packed and not."""
     rows = [line.split() for line in plan.splitlines() if re.match(r"(vision|aligner|llm) +(full|lora|frozen) ", line)]
     numbers = {(row[0], row[1]): int(row[3].replace(",", "")) for row in rows}
     assert numbers["vision", "full"] + numbers["aligner", "full"] + numbers["llm", "lora"] == trainable(plan)
-    assert "8 a micro-batch x 4 accumulated x 1 rank = 32 samples" in plan
-    assert "ceil(40 / 32) = 2 an epoch; 3 epochs = 6 in all, of which 2 warm-up" in plan
+    assert "40 samples in 5 packs of at most 1408 tokens in the first epoch: 8.0 samples a pack" in plan
+    assert "1 packs a micro-batch x 4 accumulated x 1 rank = 4 packs" in plan
+    assert "ceil(5 / 4) = 2 an epoch; 3 epochs = 6 in all, of which 2 warm-up" in plan
+    rows_of_eight = {"training__packing": "false", "training__per_device_train_batch_size": "8"}
+    unpacked = printed("all_full", custom__digits__train="40", training__num_train_epochs="3", **rows_of_eight)
+    assert "8 samples a micro-batch x 4 accumulated x 1 rank = 32 samples" in unpacked
+    assert "ceil(40 / 32) = 2 an epoch; 3 epochs = 6 in all, of which 2 warm-up" in unpacked
 
 
 def trainable(plan: str) -> int:
@@ -71,5 +76,6 @@ def test_records_left_out_are_counted(tmp_path: Path) -> None:
 def test_a_setting_that_is_not_built_is_refused_with_all_others(tmp_path: Path) -> None:
     """Ignoring it would train something else than was asked."""
     with pytest.raises(ConfigError) as told:
-        printed("last6_lora", training__packing="true", launch__nproc="2")
-    assert "-P training.packing" in str(told.value) and "-P launch.nproc" in str(told.value)
+        printed("last6_lora", custom__images_per_user_turn="2", custom__augmentation__enabled="true")
+    told_both = str(told.value)
+    assert "-P custom.images_per_user_turn" in told_both and "-P custom.augmentation.enabled" in told_both

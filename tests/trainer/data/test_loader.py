@@ -1,4 +1,4 @@
-"""Loading: padding and counts, the seeded order, entering it at any step, worker processes, evaluation."""
+"""Loading: padding, packing and counts, the batches of a plan for every rank, worker processes, evaluation."""
 
 from collections.abc import Callable
 from itertools import islice
@@ -16,12 +16,10 @@ from trainer.data.loader import (
     SampleSet,
     check_lengths,
     collate,
-    epoch_order,
     eval_batches,
-    step_indices,
-    steps_per_epoch,
     train_steps,
 )
+from trainer.data.packing import StepPlan
 from trainer.data.records import RecordSet
 from trainer.data.template import Sample
 from trainer.errors import DataError
@@ -34,6 +32,18 @@ SIZES = [(64, 64), (32, 96), (96, 96), (32, 32), (128, 64), (64, 32), (96, 32)]
 def samples(make_encoder: Make, make_record: Make) -> SampleSet:
     """Seven records of different sizes."""
     return SampleSet([make_record(n, size) for n, size in enumerate(SIZES, 1)], make_encoder())
+
+
+def plan_of(samples: SampleSet, packed: bool = False, **changes: Any) -> StepPlan:
+    """Steps of 2 x 2 with seed 5; where packed, two of the longest are a full pack."""
+    fields: dict[str, Any] = {"seed": 5, "micro_batch": 2, "accumulation": 2}
+    capacity = 2 * max(samples.lengths) if packed else None
+    return StepPlan(samples.lengths, **(fields | {"capacity": capacity} | changes))
+
+
+def indices_of(batch: Batch) -> list[int]:
+    """Which of the fixture's samples a batch counts."""
+    return [int(name.split(":")[1]) - 1 for name in batch.record_ids]
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -57,7 +67,10 @@ def test_collate_pads_on_the_right_and_counts_only_real_tokens(items: list[Sampl
     batch = collate(items, pad_id=7)
     assert batch.n_samples == len(items)
     assert batch.n_tokens == sum(len(s.input_ids) for s in items)
+    assert batch.token_counts == tuple(len(s.input_ids) for s in items)
     assert batch.n_supervised == sum(int(s.supervised.sum()) for s in items)
+    assert batch.supervised_counts == tuple(int(s.supervised.sum()) for s in items)
+    assert batch.attention_mask is not None
     assert batch.input_ids.shape[1] == max(len(s.input_ids) for s in items)
     for row, sample in enumerate(items):
         n = len(sample.input_ids)
@@ -71,79 +84,163 @@ def test_collate_pads_on_the_right_and_counts_only_real_tokens(items: list[Sampl
         assert not batch.position_ids[:, row, n:].any()
 
 
+@given(st.lists(token_samples(), min_size=1, max_size=5))
+def test_packed_samples_stand_end_to_end_in_one_row_without_a_mask(items: list[Sample]) -> None:
+    """No padding; the place in the text begins at 0 with every sample, M-RoPE's positions are its own."""
+    batch = collate(items, pad_id=7, packed=True)
+    counts = [len(s.input_ids) for s in items]
+    assert batch.attention_mask is None
+    assert "attention_mask" not in batch.model_inputs()
+    assert batch.n_samples == len(items)
+    assert batch.token_counts == tuple(counts)
+    assert batch.n_tokens == sum(counts)
+    assert batch.supervised_counts == tuple(int(s.supervised.sum()) for s in items)
+    assert batch.n_supervised == sum(batch.supervised_counts) == int(batch.supervised.sum())
+    assert batch.input_ids.shape == batch.supervised.shape == (1, sum(counts))
+    assert batch.position_ids.shape == (4, 1, sum(counts))
+    assert batch.input_ids[0].tolist() == [i for s in items for i in s.input_ids.tolist()]
+    assert batch.supervised[0].tolist() == [i for s in items for i in s.supervised.tolist()]
+    assert batch.position_ids[0, 0].tolist() == [place for count in counts for place in range(count)]
+    assert torch.equal(batch.position_ids[1:, 0], torch.cat([s.position_ids for s in items], dim=1))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_images_follow_each_other_as_their_samples_do(samples: SampleSet, packed: bool) -> None:
+    """Patches and grids of all samples in the order of the rows, packed or not."""
+    chosen = [samples[2], samples[0], samples[4]]
+    batch = collate(chosen, 0, packed=packed)
+    assert batch.record_ids == tuple(s.record_id for s in chosen)
+    assert torch.equal(batch.pixel_values, torch.cat([s.pixel_values for s in chosen]))
+    assert torch.equal(batch.image_grid_thw, torch.cat([s.image_grid_thw for s in chosen]))
+    assert batch.pixel_values.shape[0] == int(batch.image_grid_thw.prod(dim=1).sum())
+
+
+@given(st.lists(token_samples(), min_size=1, max_size=5), st.booleans())
+def test_what_each_supervised_token_has_is_split_by_sample(items: list[Sample], packed: bool) -> None:
+    """Read out row by row, the values come back as one piece a sample, padded or packed."""
+    batch = collate(items, pad_id=7, packed=packed)
+    pieces = batch.per_record(batch.input_ids[batch.supervised].float())
+    assert [piece.tolist() for piece in pieces] == [s.input_ids[s.supervised].tolist() for s in items]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_silent_batch_runs_the_same_forward_and_counts_nothing(samples: SampleSet, packed: bool) -> None:
+    """The model is given the same tensors; no sample, no token, no loss."""
+    batch = collate([samples[0], samples[1]], 0, packed=packed)
+    silent = batch.silent()
+    assert silent.model_inputs().keys() == batch.model_inputs().keys()
+    assert all(torch.equal(value, batch.model_inputs()[name]) for name, value in silent.model_inputs().items())
+    assert (silent.n_samples, silent.n_tokens, silent.n_supervised) == (0, 0, 0)
+    assert not any((silent.record_ids, silent.domains, silent.token_counts, silent.supervised_counts))
+    assert silent.supervised.shape == batch.supervised.shape
+    assert not silent.supervised.any()
+    assert silent.per_record(torch.zeros(0)) == ()
+    assert batch.n_supervised > 0  # the batch itself is left as it was
+    assert batch.supervised.any()
+
+
 def test_a_batch_moves_as_a_whole(samples: SampleSet) -> None:
-    """All tensors, also those that the model is given; names stay."""
+    """All tensors, also those that the model is given; names stay, and a mask that is not there."""
     batch = collate([samples[0], samples[1]], 0)
     moved = batch.to("meta")
     assert {value.device.type for value in vars(moved).values() if isinstance(value, Tensor)} == {"meta"}
     assert moved.record_ids == batch.record_ids
+    assert collate([samples[0]], 0, packed=True).to("meta").attention_mask is None
     assert set(batch.model_inputs()) == {
         *("input_ids", "attention_mask", "position_ids", "pixel_values", "image_grid_thw"),
     }
 
 
-@given(
-    n=st.integers(1, 40),
-    seed=st.integers(0, 2**40),
-    micro_batch=st.integers(1, 5),
-    accumulation=st.integers(1, 4),
-    skip=st.integers(0, 60),
-)
-def test_no_sample_is_lost_or_doubled_and_any_step_can_be_entered(
-    n: int, seed: int, micro_batch: int, accumulation: int, skip: int
-) -> None:
-    """Each epoch is a permutation in steps of full size but the last; entering at k is leaving k out."""
-    settings = {"seed": seed, "micro_batch": micro_batch, "accumulation": accumulation}
-    per_epoch = steps_per_epoch(n, micro_batch, accumulation)
-    steps = list(islice(step_indices(n, **settings), skip + 2 * per_epoch))
-    for epoch in range(2):
-        of_epoch = steps[epoch * per_epoch : (epoch + 1) * per_epoch]
-        assert sorted(i for step in of_epoch for micro in step for i in micro) == list(range(n))
-        assert all([len(m) for m in step] == [micro_batch] * accumulation for step in of_epoch[:-1])
-    assert list(islice(step_indices(n, **settings, first_step=skip), 2 * per_epoch)) == steps[skip:]
+@pytest.mark.parametrize("packed", [False, True])
+def test_training_batches_are_those_of_the_plan(samples: SampleSet, packed: bool) -> None:
+    """One rank runs the plan's micro-batches, in its order."""
+    plan = plan_of(samples, packed)
+    steps = list(islice(train_steps(samples, plan), 4))
+    expected = [[indices for (indices,) in step] for step in islice(plan.steps(), 4)]
+    assert [[indices_of(batch) for batch in step] for step in steps] == expected
+    assert all((batch.attention_mask is None) == packed for step in steps for batch in step)
 
 
-def test_the_order_follows_seed_and_epoch_and_nothing_else() -> None:
-    """Same seed and epoch: same order, wherever torch's and numpy's own streams stand; else another order."""
-    order = epoch_order(50, seed=17, epoch=0)
-    torch.manual_seed(3)
-    assert epoch_order(50, seed=17, epoch=0) == order
-    assert epoch_order(50, seed=17, epoch=1) != order != epoch_order(50, seed=18, epoch=0)
-    assert epoch_order(50, seed=1, epoch=2) != epoch_order(50, seed=2, epoch=1)
-
-
-def test_the_order_is_the_same_on_every_machine() -> None:
-    """A run of yesterday is continued today: the order of seed 17 is written down."""
-    assert epoch_order(8, seed=17, epoch=0) == [6, 4, 0, 5, 1, 3, 2, 7]
-
-
-def test_training_batches_are_those_of_the_plan(samples: SampleSet) -> None:
+def test_an_epoch_of_seven_samples_has_a_short_last_step(samples: SampleSet) -> None:
     """7 samples in steps of 2 x 2: an epoch of two steps, the second one short."""
-    steps = list(islice(train_steps(samples, seed=5, micro_batch=2, accumulation=2), 4))
-    ids = [[[int(i.split(":")[1]) - 1 for i in batch.record_ids] for batch in step] for step in steps]
-    assert ids == list(islice(step_indices(7, seed=5, micro_batch=2, accumulation=2), 4))
-    assert [[len(micro) for micro in step] for step in ids] == [[2, 2], [2, 1]] * 2
+    steps = list(islice(train_steps(samples, plan_of(samples)), 4))
+    assert [[batch.n_samples for batch in step] for step in steps] == [[2, 2], [2, 1]] * 2
 
 
-def test_worker_processes_change_nothing(samples: SampleSet) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("ranks", "micro_batch", "accumulation"), [(2, 1, 1), (3, 1, 1), (3, 1, 2), (2, 2, 2)])
+def test_ranks_cover_an_epoch_once_and_run_a_silent_batch_where_no_pack_is_left(
+    samples: SampleSet, packed: bool, ranks: int, micro_batch: int, accumulation: int
+) -> None:
+    """All ranks have as many micro-batches in every step; who has no pack runs tokens, and counts nothing."""
+    plan = plan_of(samples, packed, ranks=ranks, micro_batch=micro_batch, accumulation=accumulation)
+    planned = list(islice(plan.steps(), plan.steps_in_epoch(0)))
+    seen: list[int] = []
+    for rank in range(ranks):
+        steps = list(islice(train_steps(samples, plan, rank=rank), len(planned)))
+        assert [len(step) for step in steps] == [len(step) for step in planned]
+        for batch, of_ranks in zip(
+            (batch for step in steps for batch in step), (m for step in planned for m in step), strict=True
+        ):
+            assert indices_of(batch) == of_ranks[rank]
+            assert (batch.n_supervised > 0) == bool(of_ranks[rank])
+            assert batch.supervised.any() == bool(of_ranks[rank])
+            assert batch.input_ids.numel() > 0
+            seen += indices_of(batch)
+    assert sorted(seen) == list(range(7))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_rank_without_a_pack_runs_the_shortest_sample_in_silence(samples: SampleSet, packed: bool) -> None:
+    """7 samples, or 4 packs of them, one each: the last rank has none in the epoch's last step, and no time to lose."""
+    ranks = 3 if packed else 2
+    plan = plan_of(samples, packed, ranks=ranks, micro_batch=1, accumulation=1)
+    last = plan.steps_in_epoch(0) - 1
+    assert len(plan.packs(0)) == (4 if packed else 7)
+    (batch,) = next(train_steps(samples, plan, rank=ranks - 1, first_step=last))
+    assert batch.record_ids == ()
+    assert batch.n_supervised == 0
+    assert not batch.supervised.any()
+    assert batch.input_ids.shape == (1, min(samples.lengths))
+    assert (batch.attention_mask is None) == packed
+    (other,) = next(train_steps(samples, plan, rank=0, first_step=last))
+    assert other.n_samples > 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"packed": True}, {"packed": True, "ranks": 2, "micro_batch": 1}])
+def test_worker_processes_change_nothing(samples: SampleSet, changes: dict[str, Any]) -> None:
     """Two workers give the batches of none, bit by bit, and leave torch's stream where it was."""
-    settings: dict[str, Any] = {"seed": 5, "micro_batch": 2, "accumulation": 2, "first_step": 1}
+    plan = plan_of(samples, **changes)
+    settings: dict[str, Any] = {"rank": plan.ranks - 1, "first_step": 1}
     state = torch.get_rng_state()
-    alone = list(islice(train_steps(samples, **settings), 3))
-    shared = list(islice(train_steps(samples, **settings, workers=2), 3))
+    alone = list(islice(train_steps(samples, plan, **settings), 3))
+    shared = list(islice(train_steps(samples, plan, **settings, workers=2), 3))
     assert [len(step) for step in shared] == [len(step) for step in alone]
     assert all(same(a, b) for x, y in zip(alone, shared, strict=True) for a, b in zip(x, y, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_skipped_steps_are_not_decoded(samples: SampleSet) -> None:
+@pytest.mark.parametrize("skip", [1, 2, 5])
+@pytest.mark.parametrize("packed", [False, True])
+def test_training_can_be_entered_at_any_step(samples: SampleSet, packed: bool, skip: int) -> None:
+    """Entering at k gives the batches of leaving k out, bit by bit, on every rank."""
+    plan = plan_of(samples, packed, ranks=2, micro_batch=1)
+    for rank in range(2):
+        entered = list(islice(train_steps(samples, plan, rank=rank, first_step=skip), 3))
+        through = list(islice(train_steps(samples, plan, rank=rank), skip, skip + 3))
+        assert all(same(a, b) for x, y in zip(entered, through, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("changes", [{}, {"packed": True, "micro_batch": 1}])
+def test_skipped_steps_are_not_decoded(samples: SampleSet, changes: dict[str, Any]) -> None:
     """Entering at the second step opens no image of the first one."""
-    first = next(step_indices(7, seed=5, micro_batch=2, accumulation=2))
-    for index in (i for micro in first for i in micro):
+    plan = plan_of(samples, **changes)
+    assert plan.steps_in_epoch(0) > 1
+    for index in (i for micro_batch in next(plan.steps()) for indices in micro_batch for i in indices):
         samples.records[index].images[0].unlink()
-    assert next(train_steps(samples, seed=5, micro_batch=2, accumulation=2, first_step=1))
+    assert next(train_steps(samples, plan, first_step=1))
     with pytest.raises(OSError):
-        next(train_steps(samples, seed=5, micro_batch=2, accumulation=2))
+        next(train_steps(samples, plan))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 20])
@@ -152,9 +249,39 @@ def test_evaluation_sees_every_sample_once_sorted_by_length(samples: SampleSet, 
     batches = list(eval_batches(samples, batch_size=batch_size))
     ids = [i for batch in batches for i in batch.record_ids]
     assert sorted(ids) == [record.id for record in samples.records]
-    lengths = [int(mask.sum()) for batch in batches for mask in batch.attention_mask]
-    assert lengths == sorted(samples.lengths)
+    masks = [mask for batch in batches if batch.attention_mask is not None for mask in batch.attention_mask]
+    assert [int(mask.sum()) for mask in masks] == sorted(samples.lengths)
+    assert [count for batch in batches for count in batch.token_counts] == sorted(samples.lengths)
+    assert [batch.n_samples for batch in batches[:-1]] == [min(batch_size, 7)] * (len(batches) - 1)
     assert all(same(a, b) for a, b in zip(batches, eval_batches(samples, batch_size=batch_size), strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 20])
+def test_packed_evaluation_sees_every_sample_once_over_all_ranks(
+    samples: SampleSet, batch_size: int, ranks: int
+) -> None:
+    """No batch holds more than its packs do, samples are packed at all, and the batches are always the same."""
+    capacity = 2 * max(samples.lengths)
+    settings: dict[str, Any] = {"batch_size": batch_size, "capacity": capacity, "ranks": ranks}
+    batches = [batch for rank in range(ranks) for batch in eval_batches(samples, **settings, rank=rank)]
+    assert sorted(i for batch in batches for i in batch.record_ids) == [record.id for record in samples.records]
+    assert all(batch.attention_mask is None for batch in batches)
+    assert all(batch.n_tokens <= batch_size * capacity for batch in batches)
+    assert all(batch.input_ids.shape == (1, batch.n_tokens) for batch in batches)
+    assert max(batch.n_samples for batch in batches) > 1
+    again = [batch for rank in range(ranks) for batch in eval_batches(samples, **settings, rank=rank)]
+    assert all(same(a, b) for a, b in zip(batches, again, strict=True))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_ranks_share_the_batches_of_one(samples: SampleSet, packed: bool) -> None:
+    """Evaluated by two ranks, the batches are those of a single one, bit by bit, taken in turn."""
+    settings: dict[str, Any] = {"batch_size": 1, "capacity": 2 * max(samples.lengths) if packed else None}
+    alone = list(eval_batches(samples, **settings))
+    for rank in range(2):
+        share = list(eval_batches(samples, **settings, rank=rank, ranks=2))
+        assert all(same(a, b) for a, b in zip(share, alone[rank::2], strict=True))
 
 
 def test_samples_are_kept_in_memory_up_to_the_bound(make_encoder: Make, make_record: Make) -> None:
