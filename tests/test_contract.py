@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from itertools import pairwise
+from itertools import accumulate, islice, pairwise
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +12,7 @@ import yaml
 
 from tests.running import SMALL, Trained, trained
 from trainer import names
+from trainer.build import prepare
 from trainer.config.load import load
 
 LOOKS = {"card", "ruled", "weave"}
@@ -57,7 +58,7 @@ def test_params_hold_the_whole_resolved_configuration(done: Trained) -> None:
     parts = {part: int(beside.pop(f"trainable_parameters/{part}")) for part in names.PARTS}
     assert all(parts.values()) and sum(parts.values()) == int(beside.pop("trainable_parameters/total"))
     assert {part: beside.pop(f"dtype/{part}") for part in names.PARTS} == dict.fromkeys(names.PARTS, "float32")
-    assert beside.pop("effective_batch.packs") == "8"
+    assert beside.pop("effective_batch.packs") == "2"
     assert beside.pop("image_processor") == "Qwen2VLImageProcessorPil"
     assert beside == {"skipped_records/train": "0", "skipped_records/val": "0", "skipped_records/ood": "0"}
 
@@ -146,10 +147,13 @@ def test_gaps_smoothing_and_best_follow_from_the_logged_losses(done: Trained) ->
 
 
 def test_counters_count_what_was_trained_on(done: Trained) -> None:
-    """Eight samples a step, four steps an epoch; seconds and tokens only grow."""
-    at = {m.step: m.value for m in done.history(names.SAMPLES_SEEN)}
-    assert at == {0: 0, 1: 8, 2: 16, 3: 24}
-    assert {m.step: m.value for m in done.history(names.EPOCH)} == {0: 0, 1: 0.25, 2: 0.5, 3: 0.75}
+    """The samples that the plan of packs puts into each step, of 32 an epoch; seconds and tokens only grow."""
+    plan = prepare(load("last6_lora", overrides={"seed": "3", **SMALL})).budget.plan
+    per_step = [sum(len(indices) for (indices,) in step) for step in islice(plan.steps(), 3)]
+    assert all(6 <= count <= 10 for count in per_step)
+    expected = dict(enumerate([0, *accumulate(per_step)]))
+    assert {m.step: m.value for m in done.history(names.SAMPLES_SEEN)} == expected
+    assert {m.step: m.value for m in done.history(names.EPOCH)} == {k: v / 32 for k, v in expected.items()}
     for name in (names.TOKENS_SEEN, names.SUPERVISED_TOKENS_SEEN, names.TRAIN_SECONDS):
         values = [value for _, value in sorted({(m.step, m.value) for m in done.history(name)})]
         assert values[0] == 0 and all(a < b for a, b in pairwise(values)), name

@@ -166,6 +166,12 @@ def _stop_on_signals() -> None:
             signal.signal(number, stop)
 
 
+def _let_the_first_rank_speak() -> None:
+    """What stops one rank nearly always stops all: the first says it, and its end ends the others while they wait."""
+    if not launch.is_first():
+        time.sleep(_SAME_WISH_SECONDS)
+
+
 def main() -> NoReturn:
     """Run a command; the exit status says how it ended."""
     _stop_on_signals()
@@ -173,16 +179,19 @@ def main() -> NoReturn:
         cli(prog_name="python -m trainer", standalone_mode=False)
         sys.exit(0)
     except UserError as error:
+        _let_the_first_rank_speak()
         click.echo(f"error: {error}", err=True)
         sys.exit(EXIT_USER)
     except click.ClickException as error:
         error.show()
         sys.exit(EXIT_USER)
     except TrainingStopped as error:
+        _let_the_first_rank_speak()
         click.echo(f"stopped: {error}", err=True)
         sys.exit(EXIT_STOPPED)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+        if not launch.is_rank():  # whoever started the ranks says it
+            click.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
 
 

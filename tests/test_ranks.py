@@ -1,0 +1,169 @@
+"""One rank, two ranks and ZeRO-2 are the same training: gradients of a step, updates, whole runs, and how runs end."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from safetensors.torch import load_file
+
+from tests.running import (
+    ROOT,
+    SMALL,
+    empty_store,
+    environment,
+    flags,
+    runs_in,
+    start_trainer,
+    trainer,
+    wait_for,
+)  # fmt: skip
+from tests.step_on_ranks import RATE
+from trainer import names
+
+KINDS = [("plain", 2), ("zero", 1), ("zero", 2)]
+IDS = ["two ranks", "ZeRO-2 on one rank", "ZeRO-2 on two ranks"]
+Step = tuple[dict, dict[str, torch.Tensor]]  # type: ignore[type-arg]
+
+
+@functools.cache
+def step(kind: str, ranks: int, dtype: str, dropout: float = 0.0, again: int = 0) -> Step:
+    """What one step on so many ranks gave: facts, and tensors `gradient/NAME` and `update/NAME`; `again` repeats it."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += ["-m", "tests.step_on_ranks", folder, kind, dtype, str(dropout)]
+        done = subprocess.run(command, cwd=ROOT, env=environment(None), capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads((Path(folder) / "step.json").read_text()), load_file(Path(folder) / "step.safetensors")
+
+
+@pytest.mark.parametrize(("kind", "ranks"), KINDS, ids=IDS)
+def test_loss_and_every_gradient_of_a_step_are_those_of_one_rank(kind: str, ranks: int) -> None:
+    """In float32 at dropout 0: loss to 1e-6, every gradient to 1e-5 relative; one of four packs is silent."""
+    (one, ours), (reference, expected) = step(kind, ranks, "float32"), step("plain", 1, "float32")
+    assert one["loss"] == pytest.approx(reference["loss"], rel=1e-6)
+    assert (one["samples"], one["tokens"]) == (reference["samples"], reference["tokens"]) == (5, 73)
+    assert sum(one["silent"]) == (ranks == 2)
+    assert set(ours) == set(expected)
+    for name in (name for name in expected if name.startswith("gradient/")):
+        assert (ours[name] - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize(("kind", "ranks"), KINDS, ids=IDS)
+def test_norms_by_part_are_those_of_the_gradients(kind: str, ranks: int) -> None:
+    """Of whole gradients before clipping, also where each rank holds a piece of them."""
+    facts, tensors = step(kind, ranks, "float32")
+    (reference, _) = step("plain", 1, "float32")
+    squares = sum(float(g.double().square().sum()) for name, g in tensors.items() if name.startswith("gradient/"))
+    assert facts["norms"]["total"] == pytest.approx(squares**0.5, rel=1e-6)
+    assert facts["norms"] == pytest.approx(reference["norms"], rel=1e-5)
+    assert set(facts["norms"]) == {"vision", "aligner", "llm", "total"}
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("plain", 1), *KINDS], ids=["one rank", *IDS])
+def test_an_update_of_1e_5_is_not_lost_on_a_bf16_base(kind: str, ranks: int) -> None:
+    """AdamW's first update moves whatever has a gradient by the rate: in LoRA and in full copies it arrives whole.
+
+    Every tensor's largest move is 1e-5; in bf16, weights of size 1 would stand still (their spacing is 8e-3).
+    """
+    _, tensors = step(kind, ranks, "bfloat16")
+    for name, update in tensors.items():
+        if name.startswith("update/") and tensors[name.replace("update/", "gradient/")].abs().max() > 1e-6:
+            assert update.abs().max().item() == pytest.approx(RATE, rel=0.02), name  # float32 spacing at 1: 1.2e-7
+    moved = {name.rpartition("/")[2] for name, update in tensors.items() if name.startswith("update/") and update.any()}
+    assert any("lora_B" in name for name in moved) and any("modules_to_save" in name for name in moved)
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("plain", 2)], ids=["two ranks"])
+def test_dropout_is_the_same_in_an_equal_layout(kind: str, ranks: int) -> None:
+    """Two processes each time: every gradient bit-equal when repeated, and not that of dropout 0."""
+    (_, first), (_, second) = (step(kind, ranks, "float32", 0.3, again) for again in (1, 2))
+    (_, without) = step(kind, ranks, "float32")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], without[name]) for name in first)
+
+
+LAYOUTS = {
+    "plain": {"training.gradient_accumulation_steps": "2"},
+    "two ranks": {"launch.nproc": "2", "training.gradient_accumulation_steps": "1"},
+    "zero2": {"deepspeed.enabled": "true", "training.gradient_accumulation_steps": "2"},
+    "zero2 on two ranks": {
+        "deepspeed.enabled": "true", "launch.nproc": "2", "training.gradient_accumulation_steps": "1",
+    },
+}  # fmt: skip
+
+
+@functools.cache
+def whole(layout: str) -> tuple[str, Run]:
+    """A whole small run of last6_full, dropout 0, in one of the layouts, as a user starts it: its store and its run."""
+    folder = Path(tempfile.mkdtemp(prefix="ranks-"))
+    store = empty_store(folder)
+    settings = SMALL | {"training.logging_steps": "1", "tuner.lora_dropout": "0"} | LAYOUTS[layout]
+    done = trainer("run", "last6_full", *flags(settings), cwd=folder, store=store)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("training gate") == 1  # one rank speaks
+    (run,) = runs_in(store)
+    return store, run
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "plain"])
+def test_a_whole_run_gives_the_losses_of_the_plain_one(layout: str) -> None:
+    """Every exact metric at every step to 1e-5: losses, gaps, norms by part; counters and learning rates equal."""
+    (store, run), (plain_store, plain) = whole(layout), whole("plain")
+    assert run.info.status == "FINISHED" and run.data.tags[names.TAG_GATE] == "passed"
+    exact = [name for name in plain.data.metrics if names.metric(name).exact]
+    assert set(exact) == {name for name in run.data.metrics if names.metric(name).exact}
+    for name in exact:
+        ours, theirs = (
+            {m.step: m.value for m in MlflowClient(s).get_metric_history(r.info.run_id, name)}
+            for s, r in ((store, run), (plain_store, plain))
+        )
+        # a difference of two losses is as exact as the losses: 1e-5 of about 1
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5), name
+
+
+def test_a_mistake_on_two_ranks_is_told_once(tmp_path: Path) -> None:
+    """One message, status 2, nothing in the store."""
+    two = ["--launch.nproc", "2"]
+    (tmp_path / "taken").write_text("")
+    done = trainer("run", "last6_lora", *two, *flags(SMALL), "--output_dir", "taken", cwd=tmp_path,
+                   store=f"sqlite:///{tmp_path}/mlflow.db")  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: ") == 1 and "taken" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ranks_of_another_launcher_must_be_those_of_the_configuration(tmp_path: Path) -> None:
+    """The plan of the run, its batch and its steps are made for so many."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "trainer", "run", "frozen_vision", *flags(SMALL)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(empty_store(tmp_path)), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("a launcher has started 2 ranks") == 1
+    assert "set launch.nproc to 2" in done.stderr
+
+
+def test_ctrl_c_ends_all_ranks_and_closes_the_run_as_killed(tmp_path: Path) -> None:
+    """Sent to the group, as a terminal does."""
+    store = empty_store(tmp_path)
+    endless = SMALL | {"training.max_steps": "100000", "launch.nproc": "2", "training.logging_steps": "1"}
+    process = start_trainer("run", "frozen_vision", *flags(endless), cwd=tmp_path, store=store)
+    wait_for(process, "step      2/100000  train")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    (run,) = runs_in(store)
+    assert run.info.status == "KILLED"
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
+        time.sleep(0.2)
+    assert not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout
