@@ -130,10 +130,14 @@ def description(resolved: Resolved, prepared: Prepared) -> str:
 def batch_arithmetic(budget: Budget) -> str:
     """`2 packs a micro-batch x 2 accumulated x 1 rank = 4 packs`."""
     plan = budget.plan
-    noun = "samples" if plan.capacity is None else "packs"
-    ranks = "1 rank" if plan.ranks == 1 else f"{plan.ranks} ranks"
-    return f"{plan.micro_batch} {noun} a micro-batch x {plan.accumulation} accumulated x {ranks} = " + (
-        f"{budget.effective_batch} {noun}"
+    noun = "sample" if plan.capacity is None else "pack"
+
+    def counted(number: int, what: str) -> str:
+        return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+    return (
+        f"{counted(plan.micro_batch, noun)} a micro-batch x {plan.accumulation} accumulated "
+        f"x {counted(plan.ranks, 'rank')} = {counted(budget.effective_batch, noun)}"
     )
 
 

@@ -75,6 +75,8 @@ def run(resolved: Resolved) -> Outcome:
         open_run(run_name=run_name) if first else Tracker() as tracker,
         Display(budget.total_steps, quiet=not first) as display,
     ):
+        for line in prepared.no_effect:
+            display.say(line)
         if first:
             facts.log_start(tracker, resolved, prepared, dtypes(model))
         reporter = Reporter(tracker, build.meter_from(config, budget.total_steps), display)

@@ -24,7 +24,7 @@ def show_plan(resolved: Resolved, console: Console | None = None) -> None:
     plan, config = prepared.plan, resolved.config
 
     console.print(f"[bold]{prepared.name}[/bold]  profile {resolved.profile or 'none'}\n")
-    for line in resolved.lines():
+    for line in (*resolved.lines(), *prepared.no_effect):
         console.print(line, markup=False)
     console.print()
     for line in _plan_lines(plan, prepared.schedule, config.training.weight_decay):

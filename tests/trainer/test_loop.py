@@ -11,7 +11,7 @@ import torch
 from tests.conftest import ARMS, PAD_ID, MakeParts, take_step, tiny_batch, tiny_samples
 from trainer.data.loader import Batch, collate
 from trainer.errors import TrainingStopped
-from trainer.events import CheckpointSaved, EvalDone, Event, GatePassed, Seen, StepDone
+from trainer.events import CheckpointSaved, EvalDone, Event, GatePassed, RecordLosses, Seen, StepDone, StoppedEarly
 from trainer.loop import Cadence, EvalSet, Parts, evaluate, fit
 from trainer.model import TrainedTensor
 from trainer.seeds import derived_seed
@@ -257,3 +257,43 @@ def test_the_gate_speaks_through_an_event(make_parts: MakeParts, tmp_path: Path)
     """Once, after the step that it waits for."""
     events = run_fit(make_parts(last_look=3), tmp_path)
     assert [e.seen.step for e in events if isinstance(e, GatePassed)] == [3]
+
+
+def eval_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    """Let the evaluations of the set `eval` come out as these, one token each; other sets give 1."""
+    values = iter(losses)
+
+    def scripted(engine: object, batches: object) -> RecordLosses:
+        return RecordLosses(("r",), (None,), (next(values) if batches == "eval" else 1.0,), (1,))
+
+    monkeypatch.setattr("trainer.loop.evaluate", scripted)
+
+
+@pytest.mark.parametrize(
+    ("patience", "losses", "ends"),
+    [
+        (2, [5.0, 4.0, 4.5, 4.0, 3.0, 2.0, 1.0], 3),  # equal is not better: 4.5 and 4.0 use the patience up
+        (2, [5.0, 4.0, 4.5, 3.9, 3.0, 2.0, 1.0], 6),  # at the patience's last moment it got better
+        (1, [5.0, 6.0, 1.0, 1.0, 1.0, 1.0, 1.0], 1),
+        (None, [5.0, 6.0, 7.0, 8.0, 9.0, 9.0, 9.0], 6),
+    ],
+)
+def test_patience_counts_evaluations_without_a_better_loss(
+    make_parts: MakeParts, monkeypatch: pytest.MonkeyPatch, patience: int | None, losses: list[float], ends: int
+) -> None:
+    """Evaluated at every step of six: where training ends, and that the end is complete: every set, gate, `last`."""
+    eval_losses(monkeypatch, losses)
+    events: list[Event] = []
+    steps = ([tiny_batch([8], seed=i)] for i in itertools.count())
+    sets = {"eval": EvalSet(lambda: "eval"), "probe": EvalSet(lambda: "probe", every=100)}  # type: ignore
+    timing = Cadence(6, n_samples=1, eval_steps=frozenset(range(6)), save_best_from=1, patience=patience)
+    parts = make_parts(total_steps=6, last_look=5)
+    seen = fit(parts, steps, sets, timing, lambda seen, kind: CheckpointSaved(seen, kind, "", 1), events.append)
+    assert seen.step == ends
+    assert [e.seen.step for e in events if isinstance(e, StoppedEarly)] == ([ends] if ends < 6 else [])
+    assert events[-1] == CheckpointSaved(seen, "last", "", 1)
+    evaluations = [e for e in events if isinstance(e, EvalDone)]
+    assert [("probe" in e.losses) for e in evaluations] == [True, *[False] * (ends - 1), True]
+    assert sum(isinstance(e, GatePassed) for e in events) == (ends >= 2)  # one step leaves LoRA's A open
+    best = [e for e in events if isinstance(e, CheckpointSaved) and e.kind == "best"]
+    assert best[-1].seen.step == min(range(1, ends + 1), key=lambda i: losses[i])

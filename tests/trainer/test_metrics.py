@@ -5,7 +5,7 @@ import math
 import pytest
 
 from trainer import names
-from trainer.events import CheckpointSaved, EvalDone, RecordLosses, Seen, StepDone
+from trainer.events import CheckpointSaved, EvalDone, RecordLosses, Seen, StepDone, StoppedEarly
 from trainer.metrics import SPIKE_MIN_ROWS, Meter, Smoothing, Spikes, vision_gain
 
 
@@ -130,3 +130,28 @@ def test_every_metric_of_a_row_is_in_the_table_of_names() -> None:
     rows = [m.rows(step(1, 1.0)), m.rows(evaluation(1, 1.0, probe=losses((5.0, 10)), ood=losses((5.0, 10))))]
     for name in (key for row in rows for key in row):
         assert names.metric(name).unit
+
+
+def test_an_early_end_brings_the_row_that_was_not_due_yet() -> None:
+    """A row every second step: stopped after the third, its loss is not lost; after the second nothing is."""
+    m = meter()
+    m.rows(step(1, 3.0))
+    assert m.rows(step(2, 2.0))[names.TRAIN_LOSS] == 2.5
+    assert m.rows(StoppedEarly(Seen(step=2), 1)) == {}
+    assert m.rows(step(3, 1.0)) == {}
+    row = m.rows(StoppedEarly(Seen(step=3), 1))
+    assert (row[names.TRAIN_LOSS], row[names.SAMPLES_SEEN]) == (1.0, 12)
+
+
+def test_seconds_of_evaluations_add_up() -> None:
+    """0.1 s each; what measuring costs stands beside what training takes."""
+    m = meter()
+    m.rows(evaluation(0, 1.0))
+    assert m.rows(evaluation(2, 1.0))[names.EVALUATION_SECONDS] == pytest.approx(0.2)
+
+
+def test_a_mean_does_not_depend_on_the_order_of_records() -> None:
+    """Ranks and packs bring them in other orders: 0.1 ten times, beside 1e16 and its opposite, is exactly 1."""
+    sums = [0.1] * 10 + [1e16, -1e16]
+    forward, backward = (losses(*[(x, 1) for x in order]) for order in (sums, sums[::-1]))
+    assert forward.mean() == backward.mean() == pytest.approx(1.0 / 12, rel=1e-15)

@@ -1,5 +1,6 @@
 """A plan applied through PEFT: exactly the planned tensors train, in float32, and the loss is the model's own."""
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -173,3 +174,17 @@ def test_a_random_model_borrows_pockets_tokenizer() -> None:
     tools = load_tools("random:4b")
     assert tools.tokenizer.convert_tokens_to_ids("<|image_pad|>") is not None
     assert type(tools.image_processor).__name__ == "Qwen2VLImageProcessorPil"
+
+
+def test_arms_of_one_seed_start_what_they_share_alike() -> None:
+    """Each LoRA A has its own stream: the LLM's starts do not depend on how many vision blocks drew before."""
+    starts = []
+    for arm in ("frozen_vision", "last6_lora", "all_lora"):
+        model = tiny_model()
+        wrapped = apply_plan(model, planned(arm, model), seed=1)
+        starts.append({t.name: t.parameter for t in trained_tensors(wrapped) if ".lora_A." in t.name})
+    assert starts[0].keys() < starts[1].keys() < starts[2].keys()
+    for fewer, more in itertools.pairwise(starts):
+        assert all(torch.equal(tensor, more[name]) for name, tensor in fewer.items())
+    first, second = list(starts[2].values())[:2]
+    assert not torch.equal(first.flatten()[:32], second.flatten()[:32])

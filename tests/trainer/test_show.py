@@ -46,7 +46,7 @@ def test_the_rows_add_up_to_the_counts(plan: str) -> None:
     numbers = {(row[0], row[1]): int(row[3].replace(",", "")) for row in rows}
     assert numbers["vision", "full"] + numbers["aligner", "full"] + numbers["llm", "lora"] == trainable(plan)
     assert "40 samples in 5 packs of at most 1408 tokens in the first epoch: 8.0 samples a pack" in plan
-    assert "1 packs a micro-batch x 4 accumulated x 1 rank = 4 packs" in plan
+    assert "1 pack a micro-batch x 4 accumulated x 1 rank = 4 packs" in plan
     assert "ceil(5 / 4) = 2 an epoch; 3 epochs = 6 in all, of which 2 warm-up" in plan
     rows_of_eight = {"training__packing": "false", "training__per_device_train_batch_size": "8"}
     unpacked = printed("all_full", custom__digits__train="40", training__num_train_epochs="3", **rows_of_eight)

@@ -90,7 +90,7 @@ class StepPlan:
             steps += self.steps_in_epoch(epoch)
             ends.append(steps)
         # rounded up, but not for the last bit of a float product: 0.07 * 100 is 7, not 8
-        part = math.ceil(round((epochs - whole) * self.steps_in_epoch(whole), 9)) if epochs > whole else 0
+        part = max(1, math.ceil(round((epochs - whole) * self.steps_in_epoch(whole), 9))) if epochs > whole else 0
         return [*ends, steps + part] if part else ends
 
     def steps(self, first_step: int = 0) -> Iterator[list[list[Pack]]]:
