@@ -89,12 +89,12 @@ def answer_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def start_trainer(*arguments: str, cwd: Path, store: str) -> subprocess.Popen[str]:
+def start_trainer(*arguments: str, cwd: Path, store: str, **variables: str) -> subprocess.Popen[str]:
     """`python -m trainer ARGUMENTS` in the background, as the leader of its own process group."""
     return subprocess.Popen(
         [sys.executable, "-m", "trainer", *arguments],
         cwd=cwd,
-        env=environment(store),
+        env=environment(store, **variables),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

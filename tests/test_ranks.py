@@ -167,3 +167,38 @@ def test_ctrl_c_ends_all_ranks_and_closes_the_run_as_killed(tmp_path: Path) -> N
     while time.monotonic() < deadline and subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
         time.sleep(0.2)
     assert not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout
+
+
+def test_a_hangup_ends_ranks_and_one_that_is_ignored_does_not(tmp_path: Path) -> None:
+    """Under nohup a closed terminal must not end a run, on several ranks as on one."""
+    store = empty_store(tmp_path)
+    short = SMALL | {"launch.nproc": "2", "training.logging_steps": "1"}
+    command = ["nohup", sys.executable, "-m", "trainer", "run", "frozen_vision", *flags(short)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment(store), stdout=log, stderr=log, start_new_session=True
+        )
+        while "step 1/3  train" not in (tmp_path / "log").read_text():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(120) == 0, (tmp_path / "log").read_text()
+    (run,) = runs_in(store)
+    assert run.info.status == "FINISHED"
+
+
+def test_a_killed_rank_fails_the_run_that_mlflow_made_and_keeps_its_description(tmp_path: Path) -> None:
+    """Out of memory, for instance: no rank could close the run, so whoever started the ranks does, as FAILED."""
+    store = empty_store(tmp_path)
+    client = MlflowClient(store)
+    made = client.create_run(client.create_experiment("mine")).info.run_id
+    endless = SMALL | {"training.max_steps": "100000", "launch.nproc": "2", "training.logging_steps": "1"}
+    process = start_trainer("run", "frozen_vision", *flags(endless), cwd=tmp_path, store=store, MLFLOW_RUN_ID=made)
+    wait_for(process, "step      2/100000  train")
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for rank in ranks:
+        os.kill(int(rank), signal.SIGKILL)
+    assert process.wait(60) == 137
+    run = client.get_run(made)
+    assert run.info.status == "FAILED"
+    assert run.data.tags["mlflow.note.content"].startswith("**frozen_vision**")

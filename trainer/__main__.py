@@ -74,6 +74,7 @@ def run(context: click.Context, config: str, profile: str | None, **short: str |
             if status := launch.start(resolved.config.launch.nproc, sys.argv[1:]):
                 raise SystemExit(status)
             return
+        _tell(resolved)
         from trainer import run as root
         from trainer.show import show_outcome
 
@@ -93,6 +94,7 @@ def run(context: click.Context, config: str, profile: str | None, **short: str |
 def plan(context: click.Context, config: str, profile: str | None, **short: str | None) -> None:
     """Print what a run would do, without training: settings with their origin, parameters, steps, batch."""
     resolved = _resolve(context, config, profile, short)
+    _tell(resolved)
     _quiet_libraries()
     from trainer.show import show_plan
 
@@ -116,10 +118,13 @@ def _resolve(context: click.Context, config: str, profile: str | None, short: di
     from trainer.config.load import load
 
     given = {key: value for key, value in short.items() if value}
-    resolved = load(config, profile=profile or None, overrides=given | _overrides(context.args))
+    return load(config, profile=profile or None, overrides=given | _overrides(context.args))
+
+
+def _tell(resolved: Any) -> None:
+    """Say once what is legal and changes nothing, or is probably not meant."""
     for line in (*resolved.warnings, *resolved.no_effect) if launch.is_first() else ():
         click.echo(line, err=True)
-    return resolved
 
 
 def _overrides(arguments: list[str]) -> dict[str, str]:
@@ -193,6 +198,9 @@ def main() -> NoReturn:
         if not launch.is_rank():  # whoever started the ranks says it
             click.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
+    except Exception:
+        _let_the_first_rank_speak()  # most likely it was an error of its own that broke what this rank waited for
+        raise
 
 
 if __name__ == "__main__":

@@ -18,15 +18,18 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 PACKED_SDPA = "packed_sdpa"
 
 
-def attention_implementation(asked: str) -> str:
-    """The name that transformers knows for what a user asks: `auto` is varlen flash-attention on a GPU that has it.
+def attention_implementation(asked: str, dtype: torch.dtype) -> str:
+    """The name that transformers knows for what a user asks.
 
     Args:
-        asked: `auto`, or a name of transformers' own.
+        asked: a name of transformers' own, or `auto`: varlen flash-attention for a bf16 base on a GPU that has it (it
+            computes in no wider format), else SDPA.
+        dtype: of the base's weights.
     """
     if asked != "auto":
         return asked
-    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+    flash = dtype is torch.bfloat16 and torch.cuda.is_available() and is_flash_attn_2_available()
+    return "flash_attention_2" if flash else "sdpa"
 
 
 def segment_lengths(places: Tensor) -> list[int]:

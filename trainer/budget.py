@@ -1,6 +1,7 @@
 """How long training is and what one optimizer step holds: packs, steps, warm-up, and when things are due."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,11 +65,11 @@ def budget_from(config: Config, lengths: tuple[int, ...]) -> Budget:
 def cadence_from(config: Config, budget: Budget) -> Cadence:
     """When evaluating and saving are due; step 0 is evaluated too, so that every curve starts at the base model."""
     training, total = config.training, budget.total_steps
-    saves = {
-        "best": (),
-        "steps": range(training.save_steps, total, training.save_steps),
-        "epoch": budget.epoch_ends,
-    }[training.save_strategy]
+    saves: Iterable[int] = ()
+    if training.save_strategy == "steps":
+        saves = range(training.save_steps, total, training.save_steps)
+    elif training.save_strategy == "epoch":
+        saves = budget.epoch_ends
     return Cadence(
         total_steps=total,
         n_samples=budget.samples,

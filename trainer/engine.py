@@ -41,8 +41,9 @@ class Engine:
         """
         self.loss, self.trained, self.max_grad_norm = loss, trained, max_grad_norm
         self._accelerator = accelerator
-        wrapped: Any = accelerator.prepare(loss, optimizer)
-        self._model, self.optimizer = wrapped
+        self._model: Any
+        self.optimizer: torch.optim.Optimizer
+        self._model, self.optimizer = accelerator.prepare(loss, optimizer)
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self.device: torch.device = accelerator.device
 

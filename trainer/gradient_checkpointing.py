@@ -28,6 +28,8 @@ def checkpoint_layers(model: PeftModel, parts: Collection[Part]) -> list[str]:
     Returns:
         Names of the checkpointed layers in the base model, in the order of the forward pass.
     """
+    if not parts:
+        return []
     first = _first_layers(model)
     base: Any = model.get_base_model()
     layers = {Part.VISION: base.model.visual.blocks, Part.LLM: base.model.language_model.layers}
@@ -51,7 +53,8 @@ def _first_layers(model: PeftModel) -> dict[Part, int]:
     first: dict[Part, int] = {}
     for tensor in trained_tensors(model):
         match = _LAYER.match(tensor.base_name)
-        index = int(match.group(1)) if match else 0
+        behind_all = tensor.part is Part.LLM and ".embed_tokens." not in tensor.base_name
+        index = int(match.group(1)) if match else 10**9 if behind_all else 0
         if tensor.part is not Part.ALIGNER:
             first[tensor.part] = min(index, first.get(tensor.part, index))
         if tensor.part is not Part.LLM:  # image features enter the language model before its first layer

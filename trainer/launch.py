@@ -1,6 +1,5 @@
 """Starts the ranks of a run, a process each, with torch's own launcher; and joins them to one group."""
 
-import logging
 import os
 import signal
 import socket
@@ -11,10 +10,17 @@ from typing import Any
 
 from trainer.errors import ConfigError
 
+_STARTED_AS_RANK = (
+    "LOCAL_RANK" in os.environ
+)  # at the start: DeepSpeed makes a lone process a rank of one, see `_alone`
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 def is_rank() -> bool:
     """Whether this process is one rank of several that a launcher has started."""
-    return "LOCAL_RANK" in os.environ
+    return _STARTED_AS_RANK
 
 
 def is_first() -> bool:
@@ -30,12 +36,19 @@ def start(nproc: int, arguments: Sequence[str]) -> int:
 
     Returns:
         The exit status of the rank that failed first, or 0.
+
+    Raises:
+        ConfigError: more ranks than GPUs, where there are GPUs.
     """
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of torch's launcher: the ranks themselves say what went wrong
+    import torch
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what went wrong
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < nproc:
+        raise ConfigError("launch.nproc", f"{nproc} on a machine with {gpus} GPUs", f"1 to {gpus}", f"set it to {gpus}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
     settings = LaunchConfig(
@@ -47,6 +60,7 @@ def start(nproc: int, arguments: Sequence[str]) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.1,
+        signals_to_handle=",".join(s.name for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN),  # nohup
     )
     try:
         elastic_launch(settings, sys.executable)("-m", "trainer", *arguments)
@@ -92,20 +106,29 @@ def join(nproc: int, make_zero: Callable[[], Any] | None) -> Any:
     )
 
 
-def on_first_rank(accelerator: Any, make: Callable[[], Any]) -> Any:
-    """What `make` returns on the first rank, on every rank; where it raises there, the others end quietly."""
+def on_first_rank(accelerator: Any, make: Callable[[], Any], *, elsewhere: Callable[[], Any] | None = None) -> Any:
+    """What `make` returns on the first rank, on every rank; where it raises there, the others end quietly.
+
+    Args:
+        accelerator: of this rank.
+        make: called on the first rank alone.
+        elsewhere: makes what the other ranks get instead of a copy.
+    """
     from accelerate.utils import broadcast_object_list
 
-    box: list[Any] = [None]
+    value, box = None, [False, None]
     try:
         if accelerator.is_main_process:
-            box = [make()]
+            value = make()
+            box = [True, value if elsewhere is None else None]
     finally:
         if accelerator.num_processes > 1:
             broadcast_object_list(box)
-    if box[0] is None:
+    if not box[0]:
         raise SystemExit(0)  # the first rank says what is wrong, with its exit status
-    return box[0]
+    if accelerator.is_main_process:
+        return value
+    return box[1] if elsewhere is None else elsewhere()
 
 
 def leave(accelerator: Any) -> None:

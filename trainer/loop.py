@@ -123,12 +123,15 @@ def fit(
 
         if last or step in cadence.eval_steps:
             result = evaluate_all(parts.engine, eval_sets, seen, progress, last=last)
-            emit(result)
             if progress.stop and not last:
                 emit(StoppedEarly(seen, progress.without_better))
                 last = True
-            if last and parts.gate.after_update(step, parts.engine.weight, last=True):
-                emit(GatePassed(seen))
+            emit(result)
+
+        if parts.gate.after_update(step, parts.engine.weight, last=last):
+            emit(GatePassed(seen))
+
+        if last or step in cadence.eval_steps:
             loss = result.losses[EVAL].mean()
             if loss < progress.best_saved and cadence.save_best_from is not None and step >= cadence.save_best_from:
                 progress.best_saved = loss
@@ -143,8 +146,6 @@ def fit(
         started = time.perf_counter()
         done = train_step(parts, next(steps), seen, n_samples=cadence.n_samples)
         seen = replace(done.seen, train_seconds=seen.train_seconds + time.perf_counter() - started)
-        if parts.gate.after_update(seen.step, parts.engine.weight):
-            emit(GatePassed(seen))
         emit(replace(done, seen=seen))
     raise AssertionError("the last pass returns")
 

@@ -172,8 +172,8 @@ def vision_gain(losses: Mapping[str, RecordLosses]) -> float:
     """Loss with images exchanged minus loss with the right ones, over the exchanged records, nats per token."""
     exchanged, right = losses[EXCHANGED], losses[EVAL]
     own = dict(zip(right.record_ids, right.loss_sums, strict=True))
-    right_sum = sum(own[record_id] for record_id in exchanged.record_ids)
-    return (sum(exchanged.loss_sums) - right_sum) / sum(exchanged.token_counts)
+    right_sum = math.fsum(own[record_id] for record_id in exchanged.record_ids)
+    return (math.fsum(exchanged.loss_sums) - right_sum) / sum(exchanged.token_counts)
 
 
 def _counters(seen: Seen) -> Row:

@@ -131,7 +131,7 @@ def load_model(
     Raises:
         ModelError: it cannot be found or read.
     """
-    attn_impl = attention_implementation(attn_impl)
+    attn_impl = attention_implementation(attn_impl, dtype)
     try:
         if model.startswith("random:"):
             loaded = _random(read_config(model), tools, dtype, attn_impl, seed)

@@ -71,10 +71,8 @@ def run(resolved: Resolved) -> Outcome:
     steps = train_steps(samples, budget.plan, rank=rank, workers=config.data.dataloader_num_workers)
     eval_sets = eval_sets_from(config, prepared.data, prepared.encoder, rank=rank, ranks=ranks)
 
-    with (
-        open_run(run_name=run_name) if first else Tracker() as tracker,
-        Display(budget.total_steps, quiet=not first) as display,
-    ):
+    tracker = launch.on_first_rank(accelerator, lambda: open_run(run_name=run_name), elsewhere=Tracker)
+    with tracker, Display(budget.total_steps, quiet=not first) as display:
         for line in prepared.no_effect:
             display.say(line)
         if first:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from trainer.errors import TrackingError, UserError
 
 _PARAM_LENGTH = 6000  # MLflow's own limit; whether it cuts or refuses what is longer is a setting of its user
 _SHORT_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}  # seconds
+_INTERRUPTED = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
 _SECRET = re.compile(r"(?i)([?&][^=&]*(?:pass|pwd|token|secret)[^=&]*=)[^&#]*")
 
 
@@ -192,7 +194,9 @@ def abandon(error: BaseException) -> None:
     with suppress(Exception), _short_patience():
         client = MlflowClient(_without_credentials(tracking_uri()))
         if not RunStatus.is_terminated(RunStatus.from_string(client.get_run(run_id).info.status)):
-            client.set_tag(run_id, MLFLOW_RUN_NOTE, f"Ended before training: {type(error).__name__}\n```\n{error}\n```")
+            if names.TAG_STRATEGY not in client.get_run(run_id).data.tags:  # else a rank died that had described it
+                note = f"Ended before training: {type(error).__name__}\n```\n{error}\n```"
+                client.set_tag(run_id, MLFLOW_RUN_NOTE, note)
             client.set_terminated(run_id, _status_after(error))
 
 
@@ -286,7 +290,8 @@ def _is_random_name(name: str) -> bool:
 def _status_after(error: BaseException | None) -> str:
     if error is None:
         return "FINISHED"
-    return "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
+    interrupted = isinstance(error, SystemExit) and error.code in _INTERRUPTED
+    return "KILLED" if interrupted or isinstance(error, KeyboardInterrupt) else "FAILED"
 
 
 def _experiment_id(client: MlflowClient) -> str:

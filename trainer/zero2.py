@@ -6,7 +6,7 @@ them, and the frozen base needs no casting.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainer.data.loader import Batch
 from trainer.engine import Engine
-from trainer.model import SupervisedLoss, TrainedTensor
+from trainer.model import TrainedTensor
 
 _LARGEST_BUCKET = 200_000_000
 """Elements exchanged at once; DeepSpeed holds a buffer of that size."""
@@ -58,28 +58,15 @@ def deepspeed_accelerator(
 class ZeroEngine(Engine):
     """Ranks that split gradients and optimizer state."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        loss: SupervisedLoss,
-        optimizer: torch.optim.Optimizer,
-        trained: Sequence[TrainedTensor],
-        *,
-        max_grad_norm: float,
-    ) -> None:
-        """Prepare a model for training; see `Engine`."""
-        super().__init__(accelerator, loss, optimizer, trained, max_grad_norm=max_grad_norm)
-        self._engine: Any = self._model
-
     def accumulate(self, batch: Batch, n_supervised: int, *, last: bool) -> Tensor:
         """Run a micro-batch forward and backward; see `Engine.accumulate`.
 
-        The engine's `backward` and `update` are called apart: accelerate's `backward` would update by itself, before
+        DeepSpeed's `backward` and `step` are called apart: accelerate's `backward` would update by itself, before
         anybody has looked at the gradients.
         """
-        self._engine.set_gradient_accumulation_boundary(is_boundary=last)
-        nll = self._losses(self._engine, batch)
-        self._engine.backward(nll.sum() * (self.ranks / n_supervised), scale_wrt_gas=False)
+        self._model.set_gradient_accumulation_boundary(is_boundary=last)
+        nll = self._losses(self._model, batch)
+        self._model.backward(nll.sum() * (self.ranks / n_supervised), scale_wrt_gas=False)
         return nll.detach()
 
     def gradient(self, tensor: TrainedTensor) -> Tensor | None:
@@ -104,4 +91,4 @@ class ZeroEngine(Engine):
 
     def update(self, norm: float) -> None:
         """Clip by the norm that DeepSpeed finds itself, update the weights, and share them among the ranks."""
-        self._engine.step()
+        self._model.step()

@@ -91,6 +91,7 @@ def test_segments_begin_where_the_place_in_the_text_is_zero() -> None:
 
 
 def test_auto_needs_no_gpu() -> None:
-    """Flash-attention where a GPU has it, else SDPA; any other name is what it says."""
-    assert attention_implementation("auto") in ("sdpa", "flash_attention_2")
-    assert attention_implementation("eager") == "eager"
+    """Flash-attention where a GPU has it and the base is bf16, else SDPA; any other name is what it says."""
+    assert attention_implementation("auto", torch.float32) == "sdpa"
+    assert attention_implementation("auto", torch.bfloat16) in ("sdpa", "flash_attention_2")
+    assert attention_implementation("eager", torch.bfloat16) == "eager"

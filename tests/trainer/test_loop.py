@@ -89,15 +89,15 @@ def run_fit(parts: Parts, tmp: Path, total: int = 4, **cadence: object) -> list[
 
 
 def test_events_come_in_a_fixed_order(make_parts: MakeParts, tmp_path: Path) -> None:
-    """Evaluate, save, step; the gate looks after the update it waits for; best and last are saved at the end."""
+    """Evaluate, save, step; the gate looks before anything is saved; best and last are saved at the end."""
     events = run_fit(make_parts(), tmp_path)
     told = [(type(e).__name__ + getattr(e, "kind", ""), e.seen.step) for e in events]
     assert told == [
         ("EvalDone", 0),
         ("StepDone", 1),
-        ("GatePassed", 2),
         ("StepDone", 2),
         ("EvalDone", 2),
+        ("GatePassed", 2),
         ("CheckpointSavedbest", 2),
         ("StepDone", 3),
         ("StepDone", 4),
@@ -292,6 +292,8 @@ def test_patience_counts_evaluations_without_a_better_loss(
     assert seen.step == ends
     assert [e.seen.step for e in events if isinstance(e, StoppedEarly)] == ([ends] if ends < 6 else [])
     assert events[-1] == CheckpointSaved(seen, "last", "", 1)
+    if ends < 6:  # said before the last evaluation's row, whose gap takes the train row that it brings
+        assert [isinstance(e, StoppedEarly) for e in events if e.seen.step == ends].index(True) == 1
     evaluations = [e for e in events if isinstance(e, EvalDone)]
     assert [("probe" in e.losses) for e in evaluations] == [True, *[False] * (ends - 1), True]
     assert sum(isinstance(e, GatePassed) for e in events) == (ends >= 2)  # one step leaves LoRA's A open

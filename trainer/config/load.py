@@ -256,6 +256,8 @@ def _with_found_paths(root: Node, sources: Sequence[Source], folder: Path, found
     folders = {source.shown: source.path.parent for source in sources}
     for key in PATH_KEYS:
         section, name = key.split(".")
+        if section == "deepspeed" and root.find((section,)).find(("enabled",)).value is not True:
+            continue  # a file that nobody reads need not be there
         node = root.find((section,)).find((name,))
         if node.children is not None or not isinstance(node.value, str) or _origin(root, key) == "default":
             continue

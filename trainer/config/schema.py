@@ -19,7 +19,7 @@ class Model(Section):
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format in which frozen weights are held; what is trained is float32 in any case."""
     attn_impl: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
-    """Attention implementation, by transformers' name; auto: flash_attention_2 on a GPU that has it, else sdpa."""
+    """Attention implementation, by transformers' name; auto: flash_attention_2 where it can be, else sdpa."""
 
 
 class Template(Section):

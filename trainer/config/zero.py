@@ -18,6 +18,8 @@ OURS: dict[str, str] = {
     "optimizer": "training.optimizer decides",
     "scheduler": "training.lr_scheduler_type decides",
     "fp16": "what trains is float32",
+    "amp": "training.bf16 decides",
+    "data_types": "what trains is float32, and so are its gradients",
     "bf16": "what trains is float32, and training.bf16 decides in what it computes",
     "torch_autocast": "training.bf16 decides",
     "steps_per_print": "metrics go to MLflow",
@@ -51,7 +53,7 @@ def zero_settings(value: str, where: str) -> tuple[dict[str, Any], tuple[str, ..
             "1 or 2 (3 splits the weights too, and stands still where ranks see unequal images)",
             "set the stage to 2, or use deepspeed.config: zero2",
         )
-    for key in ("offload_optimizer", "offload_param"):
+    for key in ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param"):
         device = zero.get(key, {}).get("device", "none") if isinstance(zero.get(key, {}), dict) else zero[key]
         if device not in ("none", None):
             raise ConfigError(

@@ -220,7 +220,6 @@ def eval_batches(
     capacity: int | None = None,
     rank: int = 0,
     ranks: int = 1,
-    workers: int = 0,
 ) -> Iterator[Batch]:
     """Every sample once over all ranks, in packs or short ones first, so that little is padded.
 
@@ -230,7 +229,6 @@ def eval_batches(
         capacity: tokens of a pack; None: no packs.
         rank: whose share of the batches.
         ranks: how many share them.
-        workers: loader processes; 0 encodes in this one.
 
     Yields:
         Batches, always the same ones.
@@ -242,7 +240,7 @@ def eval_batches(
         [index for pack in packs[start : start + batch_size] for index in pack]
         for start in range(0, len(packs), batch_size)
     ]
-    yield from _batches(samples, iter(batches[rank::ranks]), workers, packed=capacity is not None)
+    yield from _batches(samples, iter(batches[rank::ranks]), 0, packed=capacity is not None)
 
 
 def _batches(samples: SampleSet, plan: Iterator[list[int]], workers: int, *, packed: bool) -> Iterator[Batch]:
