@@ -1,5 +1,6 @@
 """Starts the ranks of a run, a process each, with torch's own launcher; and joins them to one group."""
 
+import logging
 import os
 import signal
 import socket
@@ -40,7 +41,7 @@ def start(nproc: int, arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: more ranks than GPUs, where there are GPUs.
     """
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of torch's launcher: the ranks themselves say what went wrong
+    logging.disable(logging.CRITICAL)  # of torch's launcher: the ranks themselves say what went wrong
     import torch
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -124,6 +125,8 @@ def on_first_rank(accelerator: Any, make: Callable[[], Any], *, elsewhere: Calla
     finally:
         if accelerator.num_processes > 1:
             broadcast_object_list(box)
+            if not box[0]:
+                accelerator.end_training()  # gloo's threads, left to the interpreter's end, now and then abort it
     if not box[0]:
         raise SystemExit(0)  # the first rank says what is wrong, with its exit status
     if accelerator.is_main_process:
