@@ -8,6 +8,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class StepPlan:
     micro_batch: int
     """Packs that one rank runs forward at once."""
     accumulation: int
-    """Micro-batches of each rank in one optimizer step; the last step of an epoch may have fewer."""
+    """Micro-batches of each rank in one optimizer step, at most."""
     ranks: int = 1
     capacity: int | None = None
     """Tokens of a pack; None: every sample is a pack of its own."""
@@ -96,8 +97,10 @@ class StepPlan:
     def steps(self, first_step: int = 0) -> Iterator[list[list[Pack]]]:
         """The micro-batches of one step after the other, each as one list of samples a rank; endless.
 
-        Ranks share the packs of a step micro-batch by micro-batch. Where an epoch's last packs do not reach all of
-        them, the rest get an empty list: they must run something of no weight, since the others wait for them.
+        The packs of an epoch go evenly over its steps, which differ by one pack at most: a short last step would move
+        the weights as far as a full one, on less. Ranks share the packs of a step micro-batch by micro-batch. Where its
+        last packs do not reach all of them, the rest get an empty list: they must run something of no weight, since the
+        others wait for them.
 
         Args:
             first_step: how many steps to leave out at the start.
@@ -110,20 +113,19 @@ class StepPlan:
             first_step -= count
             epoch += 1
         while True:
-            packs = self.packs(epoch)
             at_once = self.micro_batch * self.ranks
-            for start in range(first_step * at_once * self.accumulation, len(packs), at_once * self.accumulation):
-                of_step = packs[start : start + at_once * self.accumulation]
-                yield [self._shared(of_step[i : i + at_once]) for i in range(0, len(of_step), at_once)]
+            for packs in _evenly(self.packs(epoch), self.steps_in_epoch(epoch))[first_step:]:
+                micro_batches = [packs[start : start + at_once] for start in range(0, len(packs), at_once)]
+                # evenly again, so that no rank waits for another that has two packs more
+                yield [[list(chain(*of_rank)) for of_rank in _evenly(some, self.ranks)] for some in micro_batches]
             epoch, first_step = epoch + 1, 0
 
-    def _shared(self, packs: Sequence[Pack]) -> list[Pack]:
-        """A micro-batch's packs by rank, as evenly as they go, so that no rank waits for another that has two."""
-        each, more = divmod(len(packs), self.ranks)
-        ends = np.cumsum([each + (rank < more) for rank in range(self.ranks)]).tolist()
-        return [
-            [index for pack in packs[start:end] for index in pack] for start, end in zip([0, *ends], ends, strict=False)
-        ]
+
+def _evenly(packs: Sequence[Pack], parts: int) -> list[Sequence[Pack]]:
+    """Cut into so many parts in order; the first may hold one pack more than the last."""
+    each, more = divmod(len(packs), parts)
+    starts = [part * each + min(part, more) for part in range(parts + 1)]
+    return [packs[start:end] for start, end in pairwise(starts)]
 
 
 @lru_cache(maxsize=4)  # the plan, the loader and the counts of a run ask for the same epochs
