@@ -1,9 +1,11 @@
 """The one door to MLflow: opens or adopts a run, takes params, tags, metric rows and artifacts, and closes it truly."""
 
+import hashlib
 import json
 import os
 import re
 import signal
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +16,7 @@ from typing import Self
 from urllib.parse import unquote, urlsplit
 
 import mlflow
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
@@ -151,7 +154,8 @@ def open_run(*, run_name: str, parent_run_id: str | None = None) -> MlflowTracke
     uri = reach_store()
     with _told(uri):
         mlflow.set_tracking_uri(uri)
-        client = MlflowClient(uri)
+        with _alone_at_birth(uri):
+            client = MlflowClient(uri)
         active = mlflow.active_run()
         adopted = os.environ.get("MLFLOW_RUN_ID")
         if adopted and active is None and parent_run_id is None:
@@ -175,10 +179,10 @@ def reach_store() -> str:
     with _told(uri), _short_patience():
         if urlsplit(uri).scheme in ("http", "https"):
             MlflowClient(uri).search_experiments(max_results=1)
-        elif urlsplit(uri).scheme.partition("+")[0] in ("postgresql", "mysql", "mssql", "sqlite"):
-            path = Path(unquote(uri.partition("///")[2].partition("?")[0]))
-            if not uri.startswith("sqlite") or path.is_file():  # MLflow makes a SQLite file that is not there
-                inspect(create_sqlalchemy_engine(uri)).has_table("experiments")  # type: ignore[no-untyped-call]
+        elif urlsplit(uri).scheme.partition("+")[0] in ("postgresql", "mysql", "mssql") or (
+            uri.startswith("sqlite") and _sqlite_file(uri).is_file()  # one that is not there, MLflow makes
+        ):
+            inspect(create_sqlalchemy_engine(uri)).has_table("experiments")  # type: ignore[no-untyped-call]
     return uri
 
 
@@ -231,6 +235,21 @@ def _without_credentials(uri: str) -> str:
     os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(parts.username or ""))
     os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password or ""))
     return without_password(uri)
+
+
+def _sqlite_file(uri: str) -> Path:
+    return Path(unquote(uri.partition("///")[2].partition("?")[0]))
+
+
+@contextmanager
+def _alone_at_birth(uri: str) -> Iterator[None]:
+    """One process at a time: of two that make the tables of a new SQLite file together, MLflow breaks one."""
+    if not uri.startswith("sqlite"):
+        yield
+        return
+    name = hashlib.sha256(bytes(_sqlite_file(uri).resolve())).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f"mlflow-{name}.lock"):
+        yield
 
 
 @contextmanager

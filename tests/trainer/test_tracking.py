@@ -1,6 +1,8 @@
 """The one door to MLflow, on a real SQLite store: what is written, which run is used, how it ends."""
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from tests.running import empty_store, runs_in, without_mlflow_variables
+from tests.running import empty_store, environment, runs_in, without_mlflow_variables
 from trainer import names
 from trainer.errors import TrackingError
 from trainer.tracking import abandon, open_run
@@ -297,3 +299,15 @@ def test_closing_an_adopted_run_never_hides_the_mistake(store: str, monkeypatch:
     abandon(RuntimeError("x"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///nowhere")
     abandon(RuntimeError("x"))
+
+
+def test_runs_that_begin_together_on_a_new_sqlite_file_all_find_it_whole(tmp_path: Path) -> None:
+    """Two arms started at once, in a folder without a store yet."""
+    code = "from trainer.tracking import open_run\nwith open_run(run_name='arm'): pass"
+    uri = f"sqlite:///{tmp_path}/new.db"
+    begun = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment(uri), stderr=subprocess.PIPE) for _ in range(4)
+    ]
+    said = [process.communicate()[1] for process in begun]
+    assert [process.returncode for process in begun] == [0] * 4, said
+    assert len(runs_in(uri)) == 4
