@@ -152,7 +152,7 @@ def open_run(*, run_name: str, parent_run_id: str | None = None) -> MlflowTracke
         TrackingError: the store is a file store, or cannot be used.
     """
     uri = reach_store()
-    with _told(uri):
+    with told(uri):
         mlflow.set_tracking_uri(uri)
         with _alone_at_birth(uri):
             client = MlflowClient(uri)
@@ -176,11 +176,11 @@ def reach_store() -> str:
         TrackingError: the store is a file store, or not to be had.
     """
     uri = _without_credentials(tracking_uri())
-    with _told(uri), _short_patience():
+    with told(uri), _short_patience():
         if urlsplit(uri).scheme in ("http", "https"):
             MlflowClient(uri).search_experiments(max_results=1)
         elif urlsplit(uri).scheme.partition("+")[0] in ("postgresql", "mysql", "mssql") or (
-            uri.startswith("sqlite") and _sqlite_file(uri).is_file()  # one that is not there, MLflow makes
+            uri.startswith("sqlite") and sqlite_file(uri).is_file()  # one that is not there, MLflow makes
         ):
             inspect(create_sqlalchemy_engine(uri)).has_table("experiments")  # type: ignore[no-untyped-call]
     return uri
@@ -237,7 +237,8 @@ def _without_credentials(uri: str) -> str:
     return without_password(uri)
 
 
-def _sqlite_file(uri: str) -> Path:
+def sqlite_file(uri: str) -> Path:
+    """The file of a `sqlite:///` URI."""
     return Path(unquote(uri.partition("///")[2].partition("?")[0]))
 
 
@@ -247,7 +248,7 @@ def _alone_at_birth(uri: str) -> Iterator[None]:
     if not uri.startswith("sqlite"):
         yield
         return
-    name = hashlib.sha256(bytes(_sqlite_file(uri).resolve())).hexdigest()[:16]
+    name = hashlib.sha256(bytes(sqlite_file(uri).resolve())).hexdigest()[:16]
     with FileLock(Path(tempfile.gettempdir()) / f"mlflow-{name}.lock"):
         yield
 
@@ -265,7 +266,7 @@ def _short_patience() -> Iterator[None]:
 
 
 @contextmanager
-def _told(uri: str) -> Iterator[None]:
+def told(uri: str) -> Iterator[None]:
     """Whatever keeps a store from being used becomes one message without passwords."""
     try:
         yield

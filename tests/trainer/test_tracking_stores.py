@@ -2,10 +2,7 @@
 
 import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +11,7 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from tests.running import empty_store, environment, without_mlflow_variables
+from tests.running import empty_store, mlflow_server, without_mlflow_variables
 from trainer import names, tracking
 from trainer.errors import TrackingError
 from trainer.tracking import MlflowTracker, open_run, reach_store, tracking_uri, without_password
@@ -114,29 +111,10 @@ def test_what_is_shown_of_a_uri_holds_no_password(uri: str, shown: str) -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real `mlflow server` on a free port, with its own database and artifacts."""
+    """A real `mlflow server` with its own database."""
     folder = tmp_path_factory.mktemp("server")
-    store = empty_store(folder)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
-    command += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1"]
-    variables = environment(None, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=log, start_new_session=True)
-        try:
-            deadline = time.monotonic() + 120
-            while time.monotonic() < deadline and process.poll() is None:
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.2)
-            else:
-                raise AssertionError((folder / "log.txt").read_text())
-            yield f"127.0.0.1:{port}"
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)  # asked politely it takes twenty seconds
-            process.wait(30)
+    with mlflow_server(folder, empty_store(folder)) as address:
+        yield address
 
 
 def test_everything_goes_through_a_server_too(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

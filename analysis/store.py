@@ -1,0 +1,243 @@
+"""The one door to MLflow here: runs, whole curves, per-record losses in; reports and imported runs out."""
+
+import io
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.entities import Run as MlflowRun
+from mlflow.entities import ViewType
+from mlflow.utils.rest_utils import http_request_safe
+
+from analysis.curves import Curve, last_write_wins
+from trainer import names
+from trainer.config.problems import nearest
+from trainer.errors import TrackingError
+from trainer.tracking import reach_store, sqlite_file, told, without_password
+
+PAGE = 1000
+"""Runs of one page; what is kept of a page that has been read is up to the reader."""
+BULK_ROWS = 25_000
+"""MLflow's server cuts a bulk answer here, and says nothing."""
+BULK_RUNS = 100
+"""More runs of one bulk request the server refuses."""
+
+_BULK_ROUTE = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
+_QUOTED = re.compile(r"""('[^']*'|"[^"]*"|`[^`]*`)""")
+_PLAIN_NAME = re.compile(r"\b(params|metrics|tags)\.([^\s=<>!`'\"]+)")
+
+Row = tuple[int, int, float]
+"""(step, time in milliseconds, value)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What the store knows of one run, curves and artifacts apart."""
+
+    id: str
+    name: str
+    experiment_id: str
+    status: str
+    """RUNNING, FINISHED, FAILED, KILLED or SCHEDULED."""
+    started: int
+    """Milliseconds since 1970."""
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    """Metric -> its value at the highest step."""
+
+    @property
+    def strategy(self) -> str:
+        """The arm."""
+        return self.tags.get(names.TAG_STRATEGY, "")
+
+    @property
+    def seed(self) -> str:
+        """As text; empty where it is not known."""
+        return self.tags.get(names.TAG_SEED, "")
+
+
+class Store:
+    """An MLflow store, reached once; every method raises TrackingError where the store cannot do what is asked."""
+
+    def __init__(self) -> None:
+        """Reach the store of `MLFLOW_TRACKING_URI`.
+
+        Raises:
+            TrackingError: it cannot be reached, or is a SQLite file that is not there.
+        """
+        self.uri = reach_store()
+        if self.uri.startswith("sqlite") and not sqlite_file(self.uri).is_file():
+            raise TrackingError(
+                f"MLFLOW_TRACKING_URI ({self.uri})",
+                "a SQLite file that is not there",
+                "a store with runs in it",
+                "train something first (mlflow run . -e last6_lora), or correct MLFLOW_TRACKING_URI",
+            )
+        with told(self.uri):
+            self._client = MlflowClient(self.uri)
+
+    def __str__(self) -> str:
+        """The address, without a password."""
+        return without_password(self.uri)
+
+    def runs(self, experiment: str | None = None, where: str | None = None) -> Iterator[Run]:
+        """Runs that carry a `strategy` tag, newest first, page by page.
+
+        Args:
+            experiment: name of the experiment; None: all.
+            where: a filter in MLflow's language, such as `params.tuner.lora_rank = '16'`; names need no backticks.
+
+        Raises:
+            TrackingError: there is no such experiment, or MLflow does not understand the filter.
+        """
+        experiments = self._experiment_ids(experiment)
+        condition = f"tags.`{names.TAG_STRATEGY}` LIKE '%'"
+        if where:
+            condition += f" AND {quoted(where)}"
+        token: str | None = None
+        while True:
+            try:
+                with told(self.uri):
+                    page = self._client.search_runs(
+                        experiments, condition, ViewType.ACTIVE_ONLY, PAGE, ["attributes.start_time DESC"], token
+                    )
+            except TrackingError as error:
+                if where is None or ("filter" not in error.got.lower() and "clause" not in error.got.lower()):
+                    raise
+                raise TrackingError(
+                    f"--where {where}",
+                    error.got,
+                    "comparisons of params, tags, metrics or attributes, joined by AND; texts in single quotes",
+                    "for instance --where \"params.tuner.lora_rank = '16' AND metrics.eval/loss < 0.6\"",
+                ) from None
+            yield from map(_run, page)
+            token = page.token
+            if not token:
+                return
+
+    def curves(self, run_ids: Iterable[str], metric: str) -> dict[str, Curve]:
+        """The whole curve of one metric for many runs, by a request for every 25,000 rows or 100 runs.
+
+        Args:
+            run_ids: MLflow's run ids.
+            metric: full name.
+
+        Returns:
+            Run id -> curve; runs without the metric have an empty one.
+        """
+        wanted = sorted(set(run_ids))
+        rows: dict[str, list[Row]] = {run_id: [] for run_id in wanted}
+        with told(self.uri):
+            while wanted:
+                asked = wanted[:BULK_RUNS]
+                answer = self._bulk(asked, metric)
+                for run_id, row in answer:
+                    rows[run_id].append(row)
+                if len(answer) < BULK_ROWS:
+                    wanted = wanted[len(asked) :]
+                    continue
+                # sorted by run: where the answer was cut, the run that it ends in is the only one that lacks rows
+                cut = answer[-1][0]
+                if cut == asked[0]:
+                    history = self._client.get_metric_history(cut, metric)
+                    rows[cut] = sorted((m.step, m.timestamp, m.value) for m in history)
+                    wanted = wanted[1:]
+                else:
+                    rows[cut] = []
+                    wanted = wanted[wanted.index(cut) :]
+        return {run_id: last_write_wins(run_rows) for run_id, run_rows in rows.items()}
+
+    def record_losses(self, run_id: str) -> pd.DataFrame | None:
+        """Per-record losses of the best and the last evaluation, or None where the run has none.
+
+        Returns:
+            Columns at, step, set, record_id, domain, loss_sum (nats), tokens (supervised).
+        """
+        data = self._artifact(run_id, names.ARTIFACT_RECORD_LOSSES)
+        return None if data is None else pd.read_parquet(io.BytesIO(data))
+
+    def artifact_text(self, run_id: str, name: str) -> str | None:
+        """A text artifact, or None where the run has none."""
+        data = self._artifact(run_id, name)
+        return None if data is None else data.decode("utf-8")
+
+    def experiment_name(self, experiment_id: str) -> str:
+        """Name of an experiment."""
+        with told(self.uri):
+            name: str = self._client.get_experiment(experiment_id).name
+        return name
+
+    def _artifact(self, run_id: str, name: str) -> bytes | None:
+        with told(self.uri), tempfile.TemporaryDirectory() as folder:
+            if name not in {item.path for item in self._client.list_artifacts(run_id)}:
+                return None
+            return Path(self._client.download_artifacts(run_id, name, folder)).read_bytes()
+
+    def _experiment_ids(self, name: str | None) -> list[str]:
+        with told(self.uri):
+            found = {e.name: e.experiment_id for e in _all_pages(self._client)}
+        if name is None:
+            return list(found.values())
+        if name not in found:
+            raise TrackingError(
+                "--experiment",
+                name,
+                ", ".join(sorted(found)) or "none: the store is empty",
+                f"did you mean {near}?" if (near := nearest(name, found)) else "take one of these",
+            )
+        return [found[name]]
+
+    def _bulk(self, run_ids: Sequence[str], metric: str) -> list[tuple[str, Row]]:
+        """(run id, row) sorted by run, then time; at most `BULK_ROWS` of them."""
+        store = self._client._tracking_client.store
+        if hasattr(store, "get_metric_history_bulk"):  # a database: its own bulk query
+            return [
+                (found.run_id, (found.step, found.timestamp, found.value))
+                for found in store.get_metric_history_bulk(run_ids, metric, BULK_ROWS)
+            ]
+        # a server: the route of MLflow's own UI, which has no method in its client
+        answer = http_request_safe(  # type: ignore[no-untyped-call]
+            store.get_host_creds(),
+            _BULK_ROUTE,
+            "GET",
+            params={"run_id": list(run_ids), "metric_key": metric, "max_results": BULK_ROWS},
+        )
+        found = json.loads(answer.text)["metrics"]
+        return [(row["run_id"], (row["step"], row["timestamp"], float(row["value"]))) for row in found]
+
+
+def quoted(where: str) -> str:
+    """A filter with backticks around the names of params, metrics and tags, where they are missing."""
+    pieces = _QUOTED.split(where)
+    pieces[::2] = [_PLAIN_NAME.sub(r"\1.`\2`", piece) for piece in pieces[::2]]
+    return "".join(pieces)
+
+
+def _all_pages(client: MlflowClient) -> Iterator[Any]:
+    token: str | None = None
+    while True:
+        page = client.search_experiments(page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _run(run: MlflowRun) -> Run:
+    return Run(
+        id=run.info.run_id,
+        name=run.info.run_name or "",
+        experiment_id=run.info.experiment_id,
+        status=run.info.status,
+        started=run.info.start_time or 0,
+        params=run.data.params,
+        tags=run.data.tags,
+        metrics=run.data.metrics,
+    )
