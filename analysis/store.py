@@ -11,15 +11,16 @@ from typing import Any
 
 import pandas as pd
 from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, ViewType
 from mlflow.entities import Run as MlflowRun
-from mlflow.entities import ViewType
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from mlflow.utils.rest_utils import http_request_safe
 
 from analysis.curves import Curve, last_write_wins
 from trainer import names
 from trainer.config.problems import nearest
 from trainer.errors import TrackingError
-from trainer.tracking import reach_store, sqlite_file, told, without_password
+from trainer.tracking import alone_at_birth, reach_store, sqlite_file, told, without_password
 
 PAGE = 1000
 """Runs of one page; what is kept of a page that has been read is up to the reader."""
@@ -51,6 +52,8 @@ class Run:
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
     """Metric -> its value at the highest step."""
+    last_step: int = 0
+    """Highest step of any metric."""
 
     @property
     def strategy(self) -> str:
@@ -63,24 +66,42 @@ class Run:
         return self.tags.get(names.TAG_SEED, "")
 
 
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A run that was trained elsewhere, as it is to be written."""
+
+    key: str
+    """Tells this run from any other that is imported; a second import with the same key adds nothing."""
+    name: str
+    note: str
+    """Its description, in Markdown."""
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    rows: Sequence[tuple[str, int, int, float]]
+    """(metric, step, time in milliseconds, value)."""
+
+
 class Store:
     """An MLflow store, reached once; every method raises TrackingError where the store cannot do what is asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, create: bool = False) -> None:
         """Reach the store of `MLFLOW_TRACKING_URI`.
+
+        Args:
+            create: make a SQLite file that is not there, as what is written to needs; to read it would be empty.
 
         Raises:
             TrackingError: it cannot be reached, or is a SQLite file that is not there.
         """
         self.uri = reach_store()
-        if self.uri.startswith("sqlite") and not sqlite_file(self.uri).is_file():
+        if not create and self.uri.startswith("sqlite") and not sqlite_file(self.uri).is_file():
             raise TrackingError(
                 f"MLFLOW_TRACKING_URI ({self.uri})",
                 "a SQLite file that is not there",
                 "a store with runs in it",
                 "train something first (mlflow run . -e last6_lora), or correct MLFLOW_TRACKING_URI",
             )
-        with told(self.uri):
+        with told(self.uri), alone_at_birth(self.uri):
             self._client = MlflowClient(self.uri)
 
     def __str__(self) -> str:
@@ -168,6 +189,41 @@ class Store:
         data = self._artifact(run_id, name)
         return None if data is None else data.decode("utf-8")
 
+    def import_run(self, imported: Imported, experiment: str) -> tuple[str, bool]:
+        """Write a run that was trained elsewhere; what an earlier import has written is not written again.
+
+        Args:
+            imported: the run.
+            experiment: name; made where there is none.
+
+        Returns:
+            Run id, and whether anything was added.
+        """
+        tags = {
+            **imported.tags,
+            names.TAG_IMPORTED: imported.key,
+            MLFLOW_RUN_NAME: imported.name,
+            MLFLOW_RUN_NOTE: imported.note,
+        }
+        with told(self.uri):
+            found = self._client.get_experiment_by_name(experiment)
+            experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
+            condition = f"tags.`{names.TAG_IMPORTED}` = '{imported.key}'"
+            earlier = self._client.search_runs([experiment_id], condition)
+            if earlier and earlier[0].info.status == "FINISHED":
+                return earlier[0].info.run_id, False
+            times = [time for _, _, time, _ in imported.rows] or [0]
+            run = earlier[0] if earlier else self._client.create_run(experiment_id, min(times), tags)
+            run_id: str = run.info.run_id
+            params = [Param(key, value) for key, value in imported.params.items()]
+            for start in range(0, len(params), 100):
+                self._client.log_batch(run_id, params=params[start : start + 100])
+            rows = [Metric(metric, value, time, step) for metric, step, time, value in imported.rows]
+            for start in range(0, len(rows), 1000):  # rows of one time and step are one row, however often written
+                self._client.log_batch(run_id, metrics=rows[start : start + 1000])
+            self._client.set_terminated(run_id, end_time=max(times))
+        return run_id, True
+
     def experiment_name(self, experiment_id: str) -> str:
         """Name of an experiment."""
         with told(self.uri):
@@ -240,4 +296,5 @@ def _run(run: MlflowRun) -> Run:
         params=run.data.params,
         tags=run.data.tags,
         metrics=run.data.metrics,
+        last_step=max((metric.step for metric in run.data._metric_objs), default=0),
     )

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from analysis.__main__ import cli as analysis_cli
 from tests.running import ROOT, SMALL, answer_signals, empty_store, environment, runs_in
 from trainer import names
 from trainer.__main__ import cli
@@ -22,6 +23,7 @@ from trainer.config.load import load
 PROJECT = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
 ENTRY_POINTS: dict[str, dict[str, Any]] = PROJECT["entry_points"]
 STRATEGIES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml") if path.stem != "base")
+ANALYSIS = {"rank", "import_published"}
 EXPERIMENT = "X"
 
 
@@ -43,8 +45,8 @@ def mlflow_run(entry: str, parameters: dict[str, str], folder: Path, store: str)
 
 
 def test_every_experiment_file_has_an_entry_point_of_its_name() -> None:
-    """A new strategy is one YAML file and one entry; beside them are the general one and the built-in base."""
-    assert set(ENTRY_POINTS) == {"main", "pocket_base", *STRATEGIES}
+    """A new strategy is one YAML file and one entry; beside them are the general one, the base, the analysis."""
+    assert set(ENTRY_POINTS) == {"main", "pocket_base", *STRATEGIES, *ANALYSIS}
 
 
 def test_the_environment_is_that_of_conda_yaml() -> None:
@@ -60,8 +62,9 @@ def test_an_entry_point_runs_without_parameters_and_uses_every_one_it_has(entry:
     assert used == set(point["parameters"])
     assert all("default" in parameter for parameter in point["parameters"].values())
     words = point["command"].split()
-    assert words[:3] == ["python", "-m", "trainer"]
-    of_command = cli.commands[words[3]]
+    package = "analysis" if entry in ANALYSIS else "trainer"
+    assert words[:3] == ["python", "-m", package]
+    of_command = (analysis_cli if entry in ANALYSIS else cli).commands[words[3]]
     options = {name for parameter in of_command.params for name in (*parameter.opts, parameter.name)}
     assert {word for word in words if word.startswith("--")} <= options
     assert used <= options

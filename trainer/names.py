@@ -126,6 +126,8 @@ TAG_BASE_DIGEST = "base_model.digest"
 TAG_CONTINUED_IN = "continued_in"
 TAG_RESULT = "result_checkpoint"
 TAG_STOPPED_EARLY = "stopped_early"
+TAG_SOURCE = "source"  # of a run that we have not trained: published, tensorboard; it has no gate to pass
+TAG_IMPORTED = "imported_from"
 
 # Artifacts
 ARTIFACT_CONFIG = "resolved_config.yaml"

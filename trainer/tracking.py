@@ -154,7 +154,7 @@ def open_run(*, run_name: str, parent_run_id: str | None = None) -> MlflowTracke
     uri = reach_store()
     with told(uri):
         mlflow.set_tracking_uri(uri)
-        with _alone_at_birth(uri):
+        with alone_at_birth(uri):
             client = MlflowClient(uri)
         active = mlflow.active_run()
         adopted = os.environ.get("MLFLOW_RUN_ID")
@@ -243,7 +243,7 @@ def sqlite_file(uri: str) -> Path:
 
 
 @contextmanager
-def _alone_at_birth(uri: str) -> Iterator[None]:
+def alone_at_birth(uri: str) -> Iterator[None]:
     """One process at a time: of two that make the tables of a new SQLite file together, MLflow breaks one."""
     if not uri.startswith("sqlite"):
         yield

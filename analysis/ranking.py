@@ -1,0 +1,343 @@
+"""Ranks strategies: columns pooled over seeds, margins over the winner, which differences are more than noise."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.curves import Curve
+from analysis.statistics import Difference, Estimate, all_differences, estimate
+from analysis.store import Run
+from trainer import names
+from trainer.config.problems import nearest
+from trainer.errors import UserError
+
+NAN = math.nan
+
+STEP = "step"
+"""Beside the metrics of `names.py`: the optimizer step at which a run was read."""
+TRAINABLE = names.TRAINABLE_PARAMETERS + "total"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of the ranking."""
+
+    header: str
+    key: str
+    """A metric's name, `STEP`, or a param whose value is a number."""
+    group: str
+    digits: int = 4
+    scale: float = 1.0
+    """What a value is multiplied by before it is printed."""
+
+
+LOSS, LEARNED, COST = "loss, nats per supervised token", "what was learned", "what it took"
+
+COLUMNS = (
+    Column("eval loss, smoothed", names.EVAL_LOSS_SMOOTHED, LOSS),
+    Column("eval loss", names.EVAL_LOSS, LOSS),
+    Column("train loss, smoothed", names.TRAIN_LOSS_SMOOTHED, LOSS),
+    Column("train loss", names.TRAIN_LOSS, LOSS),
+    Column("gap", names.GAP, LOSS),
+    Column("clean gap", names.GAP_CLEAN, LOSS),
+    Column("best eval loss", names.BEST_LOSS, LEARNED),
+    Column("at step", names.BEST_STEP, LEARNED, 0),
+    Column("samples to 1 % of best", names.SAMPLES_TO_BEST, LEARNED, 0),
+    Column("F1", names.F1, LEARNED, 3),
+    Column("vision gain", names.VISION_GAIN, LEARNED, 3),
+    Column("loss spikes", names.LOSS_SPIKES, LEARNED, 1),
+    Column("step", STEP, COST, 0),
+    Column("samples", names.SAMPLES_SEEN, COST, 0),
+    Column("tokens, k", names.TOKENS_SEEN, COST, 0, 1e-3),
+    Column("hours", names.TRAIN_SECONDS, COST, 3, 1 / 3600),
+    Column("checkpoint, MB", names.CHECKPOINT_BYTES, COST, 1, 1e-6),
+    Column("trainable, M", TRAINABLE, COST, 3, 1e-6),
+    Column("peak memory, GB", names.PEAK_MEMORY, COST, 2, 1e-9),
+)
+
+CURVES = (
+    *(c.key for c in COLUMNS if c.key in names.METRICS and c.key not in (names.PEAK_MEMORY, names.CHECKPOINT_BYTES)),
+)
+"""Metrics whose value depends on when in a run they are read."""
+
+_NOT_CONFIGURATION = (
+    "training.seed", "training.run_name", "training.output_dir", "tracking.", "launch.", "data.dataloader_num_workers",
+)  # fmt: skip
+"""Params that may differ between runs of one arm without making two arms of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class At:
+    """Where in a run its values are read: at the end, at its lowest eval loss, or when it had seen or spent so much."""
+
+    kind: str = "final"
+    limit: float = NAN
+
+    def __str__(self) -> str:
+        """As on the command line."""
+        return self.kind if self.kind in ("final", "best") else f"{self.kind}={self.limit:g}"
+
+    @property
+    def counter(self) -> str:
+        """The metric that counts what the limit is in."""
+        return {"samples": names.SAMPLES_SEEN, "tokens": names.TOKENS_SEEN, "seconds": names.TRAIN_SECONDS}[self.kind]
+
+
+def parse_at(text: str) -> At:
+    """`best`, `final`, `samples=N`, `tokens=N` or `seconds=N`.
+
+    Raises:
+        UserError: anything else.
+    """
+    kind, _, number = text.partition("=")
+    if text in ("best", "final"):
+        return At(text)
+    try:
+        limit = float(number)
+    except ValueError:
+        limit = NAN
+    if kind in ("samples", "tokens", "seconds") and 0 < limit < math.inf:
+        return At(kind, limit)
+    raise UserError("--at", text, "best, final, samples=N, tokens=N or seconds=N", "for instance --at samples=2000")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One run and its values where they were read."""
+
+    run: Run
+    values: Mapping[str, float]
+    """Column key -> value; nan where the run has none."""
+
+    @property
+    def block(self) -> str:
+        """Runs of one block saw the same batches: the same seed over the same training data."""
+        return f"{self.run.seed} {self.run.tags.get(names.TAG_TRAIN_DIGEST, '')}" if self.run.seed else self.run.id
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An arm, its seeds pooled; or a single run."""
+
+    label: str
+    strategy: str
+    readings: tuple[Reading, ...]
+    estimates: Mapping[str, Estimate]
+    """Column key -> mean over seeds."""
+    margin: float
+    """How much worse than the winner, in percent of the winner's value; 0 for the winner."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """What `rank` prints."""
+
+    by: str
+    at: At
+    rows: tuple[Row, ...]
+    """The best first."""
+    differences: tuple[Difference, ...]
+    """Of every pair of arms, in the ranked metric."""
+    excluded: tuple[tuple[Run, str], ...]
+    """Runs that are not ranked, and why."""
+    n_not_finite: int = 0
+    """Points of the curves read that were nan or infinite."""
+
+
+def why_excluded(run: Run) -> str | None:
+    """The reason for which a run is not ranked, or None."""
+    if next_run := run.tags.get(names.TAG_CONTINUED_IN):
+        return f"was continued in {next_run}"
+    if run.status != "FINISHED":
+        return f"is {run.status}"
+    gate = run.tags.get(names.TAG_GATE)
+    if gate != "passed" and names.TAG_SOURCE not in run.tags:
+        return f"its training gate is {gate}" if gate else "has no training gate"
+    return None
+
+
+def read(run: Run, by: str, at: At, curves: Mapping[str, Curve]) -> Reading | str:
+    """A run's values at one place, or the reason for which it has none there.
+
+    Args:
+        run: to read.
+        by: the ranked metric, without which a run is not ranked.
+        at: where.
+        curves: metric -> curve, of the metrics in `CURVES`; not needed at the end.
+    """
+    values = {column.key: run.metrics.get(column.key, NAN) for column in COLUMNS} | {by: run.metrics.get(by, NAN)}
+    values[TRAINABLE] = _number(run.params.get(TRAINABLE))
+    values[STEP] = float(run.last_step)
+    if by not in run.metrics:
+        return f"has no {by}"
+    if at.kind == "final":
+        return Reading(run, values)
+    losses = by if by == names.EVAL_LOSS_SMOOTHED else names.EVAL_LOSS
+    step = _step_at(at, curves[losses], curves)
+    if isinstance(step, str):
+        return step
+    values |= {metric: curves[metric].at_or_before(step) for metric in {*CURVES, by} & curves.keys()}
+    values[STEP] = step
+    return Reading(run, values)
+
+
+def _step_at(at: At, evaluations: Curve, curves: Mapping[str, Curve]) -> float | str:
+    """The evaluation that `at` means: the lowest one, or the last within the limit."""
+    finite = np.isfinite(evaluations.values)
+    if not finite.any():
+        return f"has no finite {names.EVAL_LOSS}"
+    if at.kind == "best":
+        return float(evaluations.steps[np.argmin(np.where(finite, evaluations.values, math.inf))])
+    counter = curves[at.counter]
+    if not len(counter) or counter.values[-1] < at.limit:
+        return f"ended before {at}" + (f", at {counter.values[-1]:g}" if len(counter) else "")
+    reached = [step for step in evaluations.steps[finite] if counter.at_or_before(step) <= at.limit]
+    return float(reached[-1]) if reached else f"has no evaluation before {at}"
+
+
+def rank(
+    readings: Sequence[Reading],
+    by: str,
+    at: At,
+    excluded: Sequence[tuple[Run, str]] = (),
+    *,
+    each: bool = False,
+    n_not_finite: int = 0,
+) -> Ranking:
+    """Rank arms by one metric.
+
+    Args:
+        readings: of all runs to be ranked.
+        by: the metric; lower or higher is better as `names.py` has it.
+        at: where they were read, to be told.
+        excluded: runs that are not ranked, to be told.
+        each: a row a run, instead of a row an arm.
+        n_not_finite: points left out, to be told.
+
+    Raises:
+        UserError: the metric has no better direction.
+    """
+    worse = 1 if direction(by) == "lower" else -1
+    if each:
+        groups = {f"{r.run.name or r.run.strategy} {r.run.id[:6]}": [r] for r in readings}
+    else:
+        groups, repeats = without_repeats(arms(readings))
+        excluded = [*excluded, *repeats]
+    rows = []
+    for label, members in groups.items():
+        keys = {key for reading in members for key in reading.values}
+        estimates = {key: estimate([r.values.get(key, NAN) for r in members]) for key in keys}
+        rows.append(Row(label, members[0].run.strategy, tuple(members), estimates, NAN))
+    # a row without a value, which is nan, comes last
+    rows.sort(key=lambda row: (math.isnan(m := row.estimates[by].mean), worse * m, row.label))
+    best = rows[0].estimates[by].mean if rows else NAN
+    margins = [100 * worse * (row.estimates[by].mean - best) / abs(best) if best else NAN for row in rows]
+    rows = [
+        Row(row.label, row.strategy, row.readings, row.estimates, margin)
+        for row, margin in zip(rows, margins, strict=True)
+    ]
+    values = {row.label: {reading.block: reading.values[by] for reading in row.readings} for row in rows}
+    return Ranking(by, at, tuple(rows), tuple(all_differences(values)), tuple(excluded), n_not_finite)
+
+
+def direction(metric: str) -> str:
+    """`lower` or `higher`, whichever is better.
+
+    Raises:
+        UserError: the metric is not ours, or neither is better.
+    """
+    known = [name for name, meaning in names.METRICS.items() if meaning.better]
+    try:
+        better = names.metric(metric).better
+    except KeyError:
+        near = nearest(metric, known)
+        raise UserError(
+            "--by", metric, "a metric of ours, such as " + ", ".join(known[:4]),
+            f"did you mean {near}?" if near else "see the metrics of a run in the MLflow UI",
+        ) from None  # fmt: skip
+    if better is None:
+        raise UserError("--by", f"{metric}, where neither lower nor higher is better", ", ".join(known), "take another")
+    return better
+
+
+def arms(readings: Iterable[Reading]) -> dict[str, list[Reading]]:
+    """Runs by strategy; where runs of one strategy were configured differently, by what differs as well."""
+    by_strategy: dict[str, list[Reading]] = {}
+    for reading in readings:
+        by_strategy.setdefault(reading.run.strategy, []).append(reading)
+    groups: dict[str, list[Reading]] = {}
+    for strategy, members in by_strategy.items():
+        differing = differing_params([member.run for member in members])
+        for member in members:
+            told = ", ".join(f"{key.rpartition('.')[2]} {member.run.params.get(key, '-')}" for key in differing)
+            groups.setdefault(f"{strategy} ({told})" if told else strategy, []).append(member)
+    return groups
+
+
+def without_repeats(groups: Mapping[str, list[Reading]]) -> tuple[dict[str, list[Reading]], list[tuple[Run, str]]]:
+    """The newest run of each seed of an arm, and the rest with the reason: a repeated seed is no second replication."""
+    kept: dict[str, list[Reading]] = {}
+    repeats = []
+    for label, members in groups.items():
+        newest: dict[str, Reading] = {}
+        for reading in sorted(members, key=lambda r: r.run.started, reverse=True):
+            if reading.block in newest:
+                repeats.append((reading.run, f"was repeated with the same seed in {newest[reading.block].run.id}"))
+            else:
+                newest[reading.block] = reading
+        kept[label] = list(newest.values())
+    return kept, repeats
+
+
+def differing_params(runs: Sequence[Run]) -> list[str]:
+    """Params in which runs differ, those apart that do not make another arm (seed, folders, tracking)."""
+    keys = sorted({key for run in runs for key in run.params if not key.startswith(_NOT_CONFIGURATION)})
+    return [key for key in keys if len({run.params.get(key) for run in runs}) > 1]
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text) if text is not None else NAN
+    except ValueError:
+        return NAN
+
+
+def verdict(ranking: Ranking) -> list[str]:
+    """What the ranking shows, in sentences: the winner, what it is told apart from, and what not."""
+    if not ranking.rows:
+        return ["No run can be ranked."]
+    if len(ranking.rows) == 1:
+        return ["One arm only: there is nothing to compare it with."]
+    winner, *others = ranking.rows
+    word = "lowest" if direction(ranking.by) == "lower" else "highest"
+    lines = [f"{winner.label} has the {word} {ranking.by}, {winner.estimates[ranking.by].mean:.4f}."]
+    pairs = {frozenset((d.first, d.second)): d for d in ranking.differences}
+    against = [(row, pairs[frozenset((winner.label, row.label))]) for row in others]
+    for wanted, text in ((True, "It is distinguishable from"), (False, "It is not distinguishable from")):
+        tested = [(row, pair) for row, pair in against if pair.method != "untested" and pair.distinguishable == wanted]
+        lines += [f"{text}:"] * bool(tested) + [_told(row, pair) for row, pair in tested]
+    untested = [f"{row.label} ({row.margin:.1f} %)" for row, pair in against if pair.method == "untested"]
+    if untested:
+        lines.append(
+            f"Against {', '.join(untested)} there are too few seeds: one run an arm cannot tell a difference from the "
+            "noise of seeds."
+        )
+    rest = [
+        d for d in ranking.differences
+        if winner.label not in (d.first, d.second) and d.method != "untested" and not d.distinguishable
+    ]  # fmt: skip
+    if rest:
+        lines.append("Not distinguishable either: " + ", ".join(f"{d.first} and {d.second}" for d in rest) + ".")
+    return lines
+
+
+def _told(row: Row, pair: Difference) -> str:
+    shift = pair.estimate
+    sign = 1 if row.label == pair.second else -1
+    low, high = sorted((sign * shift.low, sign * shift.high))
+    return (
+        f"- {row.label}: {row.margin:.1f} % worse; difference {sign * shift.mean:+.4f}, 95 % interval {low:+.4f} to "
+        f"{high:+.4f}; p = {pair.p_adjusted:.2g} after Holm, {pair.method}, n = {shift.n}"
+    )
