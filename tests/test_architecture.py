@@ -125,6 +125,30 @@ def test_a_package_from_outside_has_one_door(package: str) -> None:
     assert bool(users) == bool(ONLY_IN[package])
 
 
+# Module of the analysis -> the modules of the analysis that it may import: MLflow at one end, text at the other.
+ANALYSIS_MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "curves": (),
+    "statistics": (),
+    "store": ("curves",),
+    "published": ("store",),
+    "ranking": ("curves", "statistics", "store"),
+    "tables": ("ranking", "statistics"),
+    "__main__": ("published", "ranking", "store", "tables"),
+}
+"""`store` in `ranking` and `published` is the shape of a run, not the door."""
+
+
+def test_the_analysis_has_one_door_to_mlflow_and_imports_go_one_way() -> None:
+    """Only the store imports it; statistics and curves know nothing of runs."""
+    modules = {path.stem: imports(path) for path in files("analysis") if path.stem != "__init__"}
+    assert set(modules) == set(ANALYSIS_MAY_IMPORT)
+    for module, found in modules.items():
+        assert {name.removeprefix("analysis.") for name in found if name.startswith("analysis.")} <= set(
+            ANALYSIS_MAY_IMPORT[module]
+        ), module
+        assert module == "store" or not any(name.split(".")[0] == "mlflow" for name in found), module
+
+
 def test_only_run_knows_both_the_loop_and_the_tracking() -> None:
     """The composition root is where they meet."""
     both = {"trainer.loop", "trainer.tracking"}

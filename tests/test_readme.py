@@ -13,10 +13,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = README.split("## What is inside")[1].split("Read the code")[0]
 
 
-def test_the_tree_names_every_module_with_the_job_that_its_docstring_states() -> None:
+@pytest.mark.parametrize("package", ["trainer", "analysis"])
+def test_the_tree_names_every_module_with_the_job_that_its_docstring_states(package: str) -> None:
     """The text beside a file is the beginning of the module's first line."""
-    told = dict(re.findall(r"^ +(\w+\.py) +(\S.*)$", TREE, re.MULTILINE))
-    modules = [path for path in (ROOT / "trainer").rglob("*.py") if path.name != "__init__.py"]
+    part = re.split(r"\n    \w+/", TREE.split(f"\n    {package}/\n")[1])[0]
+    told = dict(re.findall(r"^ +(\w+\.py) +(\S.*)$", part, re.MULTILINE))
+    modules = [path for path in (ROOT / package).rglob("*.py") if path.name != "__init__.py"]
     assert set(told) == {path.name for path in modules}
     for path in modules:
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
