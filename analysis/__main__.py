@@ -101,6 +101,39 @@ def rank(experiment: str | None, by: str, where: str | None, at: str, form: str,
         click.echo(tables.FORMATS[form](ranking), nl=False)
 
 
+@cli.command()
+@_options(_experiment, _by, _where, _at)
+@click.option(
+    "--axis",
+    callback=_empty_is_none,
+    type=click.Choice(["steps", "samples", "tokens", "epochs", "hours", ""]),
+    help="What runs along x. [default: samples where arms take different numbers in a step, else steps]",
+)
+@click.option("--out", callback=_empty_is_none, default="output/figures", show_default=True, help="Folder for them.")
+def plot(experiment: str | None, by: str, where: str | None, at: str, axis: str | None, out: str) -> None:
+    """Draw what is ranked, as PNG and SVG: curves, gaps, loss against cost, loss by domain.
+
+    Runs are thin lines, their mean over seeds a thick one, and a band reaches from the lowest seed to the highest. An
+    arm has one colour, line and marker in every figure.
+    """
+    from analysis import plots
+    from analysis.ranking import domain_losses, parse_at
+    from analysis.ranking import rank as ranked
+    from analysis.store import Store
+
+    place, store = parse_at(at), Store()
+    readings, excluded, _ = _read(store, experiment, where, by, place)
+    ranking = ranked(readings, by, place, excluded)
+    run_ids = [reading.run.id for row in ranking.rows for reading in row.readings]
+    by_metric = {metric: store.curves(run_ids, metric) for metric in plots.CURVES_NEEDED}
+    curves = {run_id: {metric: of_runs[run_id] for metric, of_runs in by_metric.items()} for run_id in run_ids}
+    comparison = plots.Comparison(ranking, curves, domain_losses(ranking))
+    for path in plots.draw(comparison, Path(out), axis or plots.default_axis(ranking)):
+        click.echo(path)
+    for run, reason in excluded:
+        click.echo(f"not drawn: {run.name or run.id} {reason}", err=True)
+
+
 @cli.command("import_published")
 @click.option("--experiment", callback=_empty_is_none, default="published", show_default=True, help="Where they go.")
 @click.option("--file", "path", callback=_empty_is_none, help="YAML file. [default: all in experiments/published/]")

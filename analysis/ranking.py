@@ -297,6 +297,19 @@ def differing_params(runs: Sequence[Run]) -> list[str]:
     return [key for key in keys if len({run.params.get(key) for run in runs}) > 1]
 
 
+def domain_losses(ranking: Ranking) -> dict[str, dict[str, float]]:
+    """Arm -> domain -> eval loss at the end of its runs, mean over seeds, nats per supervised token."""
+    losses: dict[str, dict[str, float]] = {}
+    for row in ranking.rows:
+        found: dict[str, list[float]] = {}
+        for reading in row.readings:
+            for name, value in reading.run.metrics.items():
+                if name.startswith(names.EVAL_LOSS_BY_DOMAIN):
+                    found.setdefault(name.removeprefix(names.EVAL_LOSS_BY_DOMAIN), []).append(value)
+        losses[row.label] = {domain: estimate(values).mean for domain, values in found.items()}
+    return losses
+
+
 def _number(text: str | None) -> float:
     try:
         return float(text) if text is not None else NAN

@@ -1,0 +1,297 @@
+"""Figures of a comparison, as PNG and SVG: the only module here that draws."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.curves import Curve, Floats
+from analysis.ranking import TRAINABLE, Ranking, Row
+from analysis.statistics import Estimate
+from trainer import names
+
+AXES: dict[str, tuple[str | None, float, str]] = {
+    "steps": (None, 1, "optimizer steps"),
+    "samples": (names.SAMPLES_SEEN, 1, "samples seen"),
+    "tokens": (names.TOKENS_SEEN, 1e-3, "thousand tokens seen"),
+    "epochs": (names.EPOCH, 1, "epochs"),
+    "hours": (names.TRAIN_SECONDS, 1 / 3600, "hours of training"),
+}
+"""What can be drawn along x: metric that counts it, scale, label."""
+
+CURVE_FIGURES = {
+    "eval_loss": (names.EVAL_LOSS, "eval loss, nats per supervised token"),
+    "train_loss": (names.TRAIN_LOSS, "train loss, nats per supervised token"),
+    "gap": (names.GAP, "gap, nats per supervised token"),
+    "learning_rate": (names.LEARNING_RATE + "vision", "learning rate of the vision part"),
+}
+"""File -> metric, label."""
+
+CURVES_NEEDED = (
+    *(metric for metric, _ in CURVE_FIGURES.values()),
+    *(metric for metric, _, _ in AXES.values() if metric),
+)
+
+COSTS = {
+    TRAINABLE: ("trainable parameters, M", 1e-6),
+    names.PEAK_MEMORY: ("peak memory, GB", 1e-9),
+    names.TRAIN_SECONDS: ("hours of training", 1 / 3600),
+}
+
+# Okabe and Ito (2008), told apart by the colour-blind; dark and light alternate, and lines and markers differ too, for
+# prints in grey.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000", "#8C8C8C")
+_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+_STYLE: Any = {
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+    "legend.frameon": False, "legend.fontsize": 8, "svg.fonttype": "none", "svg.hashsalt": "analysis",
+}  # fmt: skip
+_SIZE = (4.6, 3.3)
+"""Inches: type of nine points stays legible when a figure is set in one column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How one arm is drawn, in every figure."""
+
+    colour: str
+    line: str | tuple[int, tuple[int, ...]]
+    marker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A ranking with the curves and losses that are drawn."""
+
+    ranking: Ranking
+    curves: Mapping[str, Mapping[str, Curve]]
+    """Run id -> metric -> curve."""
+    domains: Mapping[str, Mapping[str, float]]
+    """Arm -> domain -> mean eval loss over seeds."""
+
+
+def looks(labels: Sequence[str]) -> dict[str, Look]:
+    """A look for each arm, by the alphabet: the same in every figure, whoever wins."""
+    return {
+        label: Look(_COLOURS[i % len(_COLOURS)], _LINES[i % len(_LINES)], _MARKERS[i % len(_MARKERS)])
+        for i, label in enumerate(sorted(labels))
+    }
+
+
+def default_axis(ranking: Ranking) -> str:
+    """Samples where arms take different numbers of them in a step, so that equal steps are not equal work."""
+    ratios = {
+        round(estimate.mean / steps.mean, 1)
+        for row in ranking.rows
+        if (estimate := row.estimates[names.SAMPLES_SEEN]).n and (steps := row.estimates["step"]).mean
+    }
+    return "samples" if len(ratios) > 1 and max(ratios) > 1.1 * min(ratios) else "steps"
+
+
+def draw(comparison: Comparison, folder: Path, axis: str) -> list[Path]:
+    """Write all figures for which there is something to draw.
+
+    Args:
+        comparison: what is drawn.
+        folder: made where it is not there.
+        axis: a key of `AXES`.
+
+    Returns:
+        The PNG files; an SVG lies beside each.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(_STYLE):
+        figures: dict[str, Figure | None] = {
+            name: curve_figure(comparison, metric, label, axis) for name, (metric, label) in CURVE_FIGURES.items()
+        }
+        figures["gap_bars"] = gap_bars(comparison.ranking)
+        figures["costs"] = costs(comparison.ranking)
+        figures["domains"] = domain_map(comparison)
+        drawn = {name: figure for name, figure in figures.items() if figure is not None}
+        for name, figure in drawn.items():
+            figure.savefig(folder / f"{name}.png", dpi=200)
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})  # equal runs give equal files
+    return [folder / f"{name}.png" for name in drawn]
+
+
+def curve_figure(comparison: Comparison, metric: str, label: str, axis: str) -> Figure | None:
+    """One metric over an axis: runs thin, their smoothed mean thick, a band from the lowest to the highest seed."""
+    figure, plot = _one()
+    drawn = False
+    for row in comparison.ranking.rows:
+        look = looks([r.label for r in comparison.ranking.rows])[row.label]
+        drawn |= _draw_arm(plot, comparison, row, look, metric, axis)
+    if not drawn:
+        return None
+    plot.set(xlabel=AXES[axis][2], ylabel=label)
+    if metric.startswith(names.LEARNING_RATE):
+        plot.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    _legend(figure, plot)
+    return figure
+
+
+def _draw_arm(plot: Axes, comparison: Comparison, row: Row, look: Look, metric: str, axis: str) -> bool:
+    """One arm; returns whether it had the metric."""
+    lines = []
+    for reading in row.readings:
+        curves = comparison.curves[reading.run.id]
+        curve = curves[metric]
+        x = along(curve, curves, axis)
+        keep = np.isfinite(x) & np.isfinite(curve.values)
+        if keep.any():
+            lines.append((x[keep], curve.values[keep]))
+    if not lines:
+        return False
+    smooth = metric == names.TRAIN_LOSS  # many noisy rows; an evaluation is over the whole set and is drawn as it is
+    for x, y in lines:
+        plot.plot(x, y, color=look.colour, linewidth=0.6, alpha=0.35)
+        if metric == names.EVAL_LOSS:
+            best = int(np.argmin(y))
+            plot.plot(x[best], y[best], look.marker, color=look.colour, markersize=5, markerfacecolor="white", zorder=4)
+    grid, low, mean, high = over_seeds(lines, smooth=smooth)
+    plot.fill_between(grid, low, high, color=look.colour, alpha=0.15, linewidth=0)
+    plot.plot(grid, mean, color=look.colour, linestyle=look.line, linewidth=1.6, label=row.label, zorder=3)
+    return True
+
+
+def along(curve: Curve, curves: Mapping[str, Curve], axis: str) -> Floats:
+    """Where a curve's points lie on an axis: (n,), nan where the counter was not logged."""
+    counter, scale, _ = AXES[axis]
+    if counter is None:
+        return curve.steps.astype(np.float64)
+    counted = curves[counter]
+    if not len(counted):
+        return np.full(len(curve), np.nan)
+    return np.asarray(np.interp(curve.steps, counted.steps, counted.values, left=np.nan, right=np.nan) * scale)
+
+
+def over_seeds(lines: Sequence[tuple[Floats, Floats]], *, smooth: bool) -> tuple[Floats, Floats, Floats, Floats]:
+    """Lowest, mean and highest of several curves where all of them are.
+
+    Args:
+        lines: (x, y) of each run, x rising.
+        smooth: whether each is smoothed as TensorBoard does first.
+
+    Returns:
+        x (n,), lowest (n,), mean (n,), highest (n,).
+    """
+    start, end = max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines)
+    points = np.unique(np.concatenate([x for x, _ in lines]))
+    grid = points[(points >= start) & (points <= end)]
+    values = []
+    for x, y in lines:
+        steps = np.arange(len(y), dtype=np.int64)
+        values.append(np.interp(grid, x, Curve(steps, y, steps).smoothed().values if smooth else y))
+    stacked = np.stack(values)
+    return grid, stacked.min(axis=0), stacked.mean(axis=0), stacked.max(axis=0)
+
+
+def gap_bars(ranking: Ranking) -> Figure | None:
+    """The gap as published beside the clean one, with 95 % intervals over seeds."""
+    shown = {names.GAP: "as published", names.GAP_CLEAN: "clean: eval minus probe"}
+    keys = [key for key in shown if any(row.estimates[key].n for row in ranking.rows)]
+    if not keys:
+        return None
+    figure, plot = _one()
+    styles = looks([row.label for row in ranking.rows])
+    for place, key in enumerate(keys):
+        for index, row in enumerate(ranking.rows):
+            found = row.estimates[key]
+            plot.bar(
+                index + 0.4 * place - 0.2 * (len(keys) - 1), found.mean, 0.38,
+                color=styles[row.label].colour, alpha=1 if place == 0 else 0.45, hatch="" if place == 0 else "///",
+                edgecolor="white", yerr=_error(found), capsize=2.5, ecolor="#333333", error_kw={"linewidth": 0.8},
+            )  # fmt: skip
+    plot.set_xticks(range(len(ranking.rows)), [row.label for row in ranking.rows], rotation=20, ha="right")
+    plot.set_ylabel("gap, nats per supervised token")
+    plot.grid(axis="x", visible=False)
+    plot.set_title(
+        "; ".join(f"{'full' if i == 0 else 'hatched'}: {shown[key]}" for i, key in enumerate(keys)), fontsize=8
+    )
+    return figure
+
+
+def costs(ranking: Ranking) -> Figure | None:
+    """The ranked metric against what it cost, and the front of arms that no other beats in both."""
+    keys = [key for key in COSTS if any(row.estimates[key].n for row in ranking.rows)]
+    if not keys:
+        return None
+    figure = Figure(figsize=(3.1 * len(keys), 3.1), layout="constrained")
+    plots = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+    styles = looks([row.label for row in ranking.rows])
+    for plot, key in zip(plots, keys, strict=True):
+        label, scale = COSTS[key]
+        shown = [row for row in ranking.rows if row.estimates[key].n and row.estimates[ranking.by].n]
+        for row in shown:
+            cost, quality, look = row.estimates[key], row.estimates[ranking.by], styles[row.label]
+            plot.errorbar(
+                cost.mean * scale, quality.mean, yerr=_error(quality), marker=look.marker, color=look.colour,
+                linestyle="none", capsize=2.5, markersize=6, linewidth=0.9, label=row.label,
+            )  # fmt: skip
+        lower = names.metric(ranking.by).better == "lower"
+        front = pareto([(r.estimates[key].mean * scale, r.estimates[ranking.by].mean) for r in shown], lower=lower)
+        plot.plot([x for x, _ in front], [y for _, y in front], color="#555555", linewidth=0.9, zorder=1, linestyle=":")
+        plot.set_xlabel(label)
+    plots[0].set_ylabel(ranking.by)
+    _legend(figure, plots[0])
+    return figure
+
+
+def pareto(points: Sequence[tuple[float, float]], *, lower: bool) -> list[tuple[float, float]]:
+    """The points that no other beats in both: cheaper first, each better than all that cost less.
+
+    Args:
+        points: (cost, quality); less cost is better.
+        lower: whether a lower quality value is the better one.
+    """
+    sign = 1 if lower else -1
+    front: list[tuple[float, float]] = []
+    for cost, quality in sorted(points, key=lambda point: (point[0], sign * point[1])):
+        if not front or sign * quality < sign * front[-1][1]:
+            front.append((cost, quality))
+    return front
+
+
+def domain_map(comparison: Comparison) -> Figure | None:
+    """Eval loss by arm and domain, the lowest of each domain in bold."""
+    domains = sorted({domain for of_arm in comparison.domains.values() for domain in of_arm})
+    labels = [row.label for row in comparison.ranking.rows if comparison.domains.get(row.label)]
+    if len(domains) < 2 or not labels:
+        return None
+    values = np.array([[comparison.domains[label].get(domain, np.nan) for domain in domains] for label in labels])
+    figure = Figure(figsize=(1.6 + 0.9 * len(domains), 1.1 + 0.38 * len(labels)), layout="constrained")
+    plot = figure.subplots()
+    shifts = values - np.nanmin(values, axis=0)  # from the best of the domain: domains differ more than arms do
+    image = plot.imshow(shifts, cmap="cividis_r", aspect="auto")
+    for i, j in np.ndindex(values.shape):
+        dark = shifts[i, j] > 0.55 * np.nanmax(shifts)
+        plot.text(
+            j, i, f"{values[i, j]:.3f}", ha="center", va="center", fontsize=8, color="white" if dark else "black",
+            fontweight="bold" if shifts[i, j] == 0 else "normal",
+        )  # fmt: skip
+    plot.set_xticks(range(len(domains)), domains)
+    plot.set_yticks(range(len(labels)), labels)
+    plot.grid(visible=False)
+    figure.colorbar(image, ax=plot, label="above the domain's best", shrink=0.9)
+    return figure
+
+
+def _one() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _legend(figure: Figure, plot: Axes) -> None:
+    handles, labels = plot.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), handlelength=3)
+
+
+def _error(estimate: Estimate) -> float | None:
+    return None if np.isnan(estimate.half_width) else estimate.half_width
