@@ -144,7 +144,24 @@ def import_published(experiment: str, path: str | None) -> None:
 
     paths = [Path(path)] if path else published_files()
     runs = [run for path in paths for run in published_runs(path)]
-    store = Store(create=True)
+    _import(Store(create=True), runs, experiment)
+
+
+@cli.command("import_tensorboard")
+@click.argument("folder")
+@click.option("--experiment", callback=_empty_is_none, default="tensorboard", show_default=True, help="Where they go.")
+def import_tensorboard(folder: str, experiment: str) -> None:
+    """Make MLflow runs of the event files below FOLDER, a run a folder, with steps and wall times.
+
+    The run's name, its path from FOLDER, becomes its strategy. A second import adds nothing but what is new.
+    """
+    from analysis.store import Store
+    from analysis.tensorboard import tensorboard_runs
+
+    _import(Store(create=True), tensorboard_runs(Path(folder)), experiment)
+
+
+def _import(store: Any, runs: Iterable[Any], experiment: str) -> None:
     for run in runs:
         run_id, added = store.import_run(run, experiment)
         click.echo(f"{'imported' if added else 'already there'}: {run.name} ({run_id[:8]}) in {experiment}")

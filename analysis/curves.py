@@ -36,6 +36,11 @@ class Curve:
         """The curve as TensorBoard smooths it."""
         return Curve(self.steps, debiased_ema(self.values, weight), self.times)
 
+    def lowest(self) -> int | None:
+        """Index of the lowest finite value, the first of several; None where none is finite."""
+        finite = np.isfinite(self.values)
+        return int(np.argmin(np.where(finite, self.values, np.inf))) if finite.any() else None
+
     def at_or_before(self, step: float) -> float:
         """The last value written at a step up to this one; nan where there is none, and after the curve's end."""
         if not len(self) or step > self.steps[-1]:

@@ -185,15 +185,17 @@ def read(run: Run, by: str, at: At, curves: Mapping[str, Curve]) -> Reading | st
 
 def _step_at(at: At, evaluations: Curve, curves: Mapping[str, Curve]) -> float | str:
     """The evaluation that `at` means: the lowest one, or the last within the limit."""
-    finite = np.isfinite(evaluations.values)
-    if not finite.any():
+    lowest = evaluations.lowest()
+    if lowest is None:
         return f"has no finite {names.EVAL_LOSS}"
     if at.kind == "best":
-        return float(evaluations.steps[np.argmin(np.where(finite, evaluations.values, math.inf))])
+        return float(evaluations.steps[lowest])
     counter = curves[at.counter]
     if not len(counter) or counter.values[-1] < at.limit:
         return f"ended before {at}" + (f", at {counter.values[-1]:g}" if len(counter) else "")
-    reached = [step for step in evaluations.steps[finite] if counter.at_or_before(step) <= at.limit]
+    reached = [
+        step for step in evaluations.steps[np.isfinite(evaluations.values)] if counter.at_or_before(step) <= at.limit
+    ]
     return float(reached[-1]) if reached else f"has no evaluation before {at}"
 
 

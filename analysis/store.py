@@ -190,7 +190,9 @@ class Store:
         return None if data is None else data.decode("utf-8")
 
     def import_run(self, imported: Imported, experiment: str) -> tuple[str, bool]:
-        """Write a run that was trained elsewhere; what an earlier import has written is not written again.
+        """Write a run that was trained elsewhere; what an earlier import has written is not there twice afterwards.
+
+        An import that was cut short is completed; a run that has grown since gets what is new.
 
         Args:
             imported: the run.
@@ -210,7 +212,7 @@ class Store:
             experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
             condition = f"tags.`{names.TAG_IMPORTED}` = '{imported.key}'"
             earlier = self._client.search_runs([experiment_id], condition)
-            if earlier and earlier[0].info.status == "FINISHED":
+            if earlier and earlier[0].data.tags.get(names.TAG_IMPORTED_ROWS) == str(len(imported.rows)):
                 return earlier[0].info.run_id, False
             times = [time for _, _, time, _ in imported.rows] or [0]
             run = earlier[0] if earlier else self._client.create_run(experiment_id, min(times), tags)
@@ -222,6 +224,7 @@ class Store:
             for start in range(0, len(rows), 1000):  # rows of one time and step are one row, however often written
                 self._client.log_batch(run_id, metrics=rows[start : start + 1000])
             self._client.set_terminated(run_id, end_time=max(times))
+            self._client.set_tag(run_id, names.TAG_IMPORTED_ROWS, str(len(rows)))  # last: it says that all are there
         return run_id, True
 
     def experiment_name(self, experiment_id: str) -> str:

@@ -131,10 +131,11 @@ ANALYSIS_MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "statistics": (),
     "store": ("curves",),
     "published": ("store",),
+    "tensorboard": ("curves", "store"),
     "ranking": ("curves", "statistics", "store"),
     "tables": ("ranking", "statistics"),
     "plots": ("curves", "ranking", "statistics"),
-    "__main__": ("plots", "published", "ranking", "store", "tables"),
+    "__main__": ("plots", "published", "ranking", "store", "tables", "tensorboard"),
 }
 """`store` in `ranking` and `published` is the shape of a run, not the door."""
 

@@ -128,6 +128,7 @@ TAG_RESULT = "result_checkpoint"
 TAG_STOPPED_EARLY = "stopped_early"
 TAG_SOURCE = "source"  # of a run that we have not trained: published, tensorboard; it has no gate to pass
 TAG_IMPORTED = "imported_from"
+TAG_IMPORTED_ROWS = "imported_rows"
 
 # Artifacts
 ARTIFACT_CONFIG = "resolved_config.yaml"
