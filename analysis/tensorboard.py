@@ -62,8 +62,8 @@ def _imported(folder: Path, name: str) -> Imported:
     return Imported(
         key=f"{SOURCE}:{name}",
         name=name,
-        note=f"Imported from TensorBoard's event files in `{folder}`; not trained by this project. Smoothed losses and the "
-        f"lowest eval loss were added (weight {SMOOTHING}).",
+        note=f"Imported from TensorBoard's event files in `{folder}`; not trained by this project. Smoothed losses "
+        f"(weight {SMOOTHING}) and the lowest eval loss were added.",
         tags={names.TAG_STRATEGY: name, names.TAG_SOURCE: SOURCE},
         params={},
         rows=rows,

@@ -1,4 +1,4 @@
-"""Event files written by TensorBoard's own writer become runs: steps, wall times, values; a second time, nothing new."""
+"""Event files of TensorBoard's own writer become runs: steps, wall times, values; a second time, nothing new."""
 
 import math
 from pathlib import Path
