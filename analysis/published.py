@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from analysis.checks import Arm, Subject
 from analysis.store import Imported
 from trainer import names
 from trainer.config.places import experiments_dir
@@ -30,16 +31,65 @@ def published_runs(path: Path) -> list[Imported]:
     Raises:
         UserError: the file is not there or not such a file.
     """
+    tree = _tree(path)
+    return [_imported(tree, arm, run) for arm, run in tree["runs"].items()]
+
+
+def published_subject(path: Path) -> Subject:
+    """A published comparison as the checks read it: with what was printed about it, right or wrong.
+
+    Raises:
+        UserError: the file is not there or not such a file.
+    """
+    tree = _tree(path)
+    printed, common = tree["printed"], tree["common"]
+    low, high = printed["effective_batch"]
+    return Subject(
+        arms=[_arm(arm, run, common) for arm, run in tree["runs"].items()],
+        margins=printed["margins"],
+        effective_batch=(low, high),
+        ranks=printed["ranks"],
+        full_fits_better=printed["full_fits_better"],
+        full_needs_accumulation=printed["full_needs_accumulation"],
+    )
+
+
+def _arm(name: str, run: Mapping[str, Any], common: Mapping[str, Any]) -> Arm:
+    measured = {step: loss for step, loss in run["eval_curve"].items() if step <= run["final_step"]}
+    lowest = min(measured, key=measured.__getitem__)
+    return Arm(
+        name=name,
+        eval_loss=run["eval_loss"]["raw"],
+        eval_loss_smoothed=run["eval_loss"]["smoothed"],
+        train_loss=run["train_loss"]["raw"],
+        train_loss_smoothed=run["train_loss"]["smoothed"],
+        lowest=measured[lowest],
+        lowest_step=lowest,
+        final_step=run["final_step"],
+        hours=24 * run["days"],
+        micro_batch=common["training.per_device_train_batch_size"],
+        accumulation=run["params"]["training.gradient_accumulation_steps"],
+        method=run["params"]["strategy.vision.method"],
+        vit_lr=run["params"]["training.vit_lr"],
+        curve=run["eval_curve"],
+        gate=frozenset(),
+    )
+
+
+def _tree(path: Path) -> Any:
+    """The file, with the sections that such a file has."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return [_imported(tree, arm, run) for arm, run in tree["runs"].items()]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        for section in ("comparison", "date", "common", "printed", "runs"):
+            tree[section]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(
             str(path),
             f"{type(error).__name__}: {error}".splitlines()[0],
             "a file such as experiments/published/stage3.yaml",
             "compare it with that one",
         ) from None
+    return tree
 
 
 def _imported(tree: Mapping[str, Any], arm: str, run: Mapping[str, Any]) -> Imported:

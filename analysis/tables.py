@@ -12,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from analysis.checks import careful_reading, subject_of
 from analysis.ranking import COLUMNS, COST, LEARNED, LOSS, Column, Ranking, Row, verdict
 from analysis.statistics import Estimate
 
@@ -115,6 +116,10 @@ def as_json(ranking: Ranking) -> str:
         ],
         "excluded": [{"run": run.id, "name": run.name, "reason": reason} for run, reason in ranking.excluded],
         "verdict": verdict(ranking),
+        "findings": [
+            {"check": found.check, "text": found.text, "numbers": {k: _plain(v) for k, v in found.numbers.items()}}
+            for found in careful_reading(subject_of(ranking))
+        ],
     }
     return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
@@ -127,6 +132,8 @@ def footer(ranking: Ranking) -> list[str]:
     lines = [*verdict(ranking), f"Ranked by {ranking.by}, read at {ranking.at}. {NOTE}"]
     if ranking.n_not_finite:
         lines.append(f"{ranking.n_not_finite} points of these curves are not finite numbers and count nowhere.")
+    if findings := careful_reading(subject_of(ranking)) if len(ranking.rows) > 1 else []:
+        lines += ["Noticed:", *(f"- {finding.text}" for finding in findings)]
     if ranking.excluded:
         lines.append("Not ranked:")
         lines += [f"- {run.name or run.strategy} ({run.id[:8]}) {reason}" for run, reason in ranking.excluded]

@@ -130,10 +130,11 @@ ANALYSIS_MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "curves": (),
     "statistics": (),
     "store": ("curves",),
-    "published": ("store",),
+    "checks": ("ranking",),
+    "published": ("checks", "store"),
     "tensorboard": ("curves", "store"),
     "ranking": ("curves", "statistics", "store"),
-    "tables": ("ranking", "statistics"),
+    "tables": ("checks", "ranking", "statistics"),
     "plots": ("curves", "ranking", "statistics"),
     "__main__": ("plots", "published", "ranking", "store", "tables", "tensorboard"),
 }

@@ -1,0 +1,370 @@
+"""What a careful reader notices in a comparison: one function a check, each returns findings with their numbers."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from analysis.ranking import STEP, Ranking, Row
+from trainer import names
+
+NAN = math.nan
+
+OVERFIT_PERCENT = 1.0
+"""The end is this much above the lowest eval loss, and the lowest lies in the first half: overfitting."""
+BUDGET_RATIO = 1.1
+"""Arms that differ by more in what they saw or how long they ran did not have equal budgets."""
+NO_VISION_PERCENT = 1.0
+"""A vision gain below this part of the eval loss: the model hardly looks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing noticed."""
+
+    check: str
+    """Name of the check, a key of `CHECKS`."""
+    text: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """What it rests on, named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """What is known of one arm, from a report or from runs; nan, empty or None where it is not."""
+
+    name: str
+    n_seeds: int = 1
+    eval_loss: float = NAN
+    eval_loss_smoothed: float = NAN
+    train_loss: float = NAN
+    train_loss_smoothed: float = NAN
+    lowest: float = NAN
+    """Lowest eval loss of the curve, nats per supervised token."""
+    lowest_step: float = NAN
+    final_step: float = NAN
+    hours: float = NAN
+    samples: float = NAN
+    f1: float = NAN
+    vision_gain: float = NAN
+    micro_batch: float = NAN
+    accumulation: float = NAN
+    method: str = ""
+    """Of the vision part: lora, full or frozen."""
+    vit_lr: float = NAN
+    curve: Mapping[int, float] = field(default_factory=dict)
+    """Step -> eval loss, as printed."""
+    facts: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Tags and params of its runs -> the values that occur."""
+    gate: frozenset[str] = frozenset({"passed"})
+
+    @property
+    def micro_batches(self) -> float:
+        """Micro-batches seen in all, on one rank."""
+        return self.final_step * self.accumulation
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A comparison to be read: its arms, and what was printed about them."""
+
+    arms: Sequence[Arm]
+    """In the order of the ranking."""
+    margins: Mapping[str, float] = field(default_factory=dict)
+    """Arm -> printed margin over the winner, percent."""
+    effective_batch: tuple[float, float] | None = None
+    """Smallest and largest as printed, in packs."""
+    ranks: int = 1
+    full_fits_better: bool = False
+    """Whether it is claimed that full fine-tuning reaches lower training loss than LoRA."""
+    full_needs_accumulation: float = NAN
+    """Micro-batches a step that full fine-tuning is said to need."""
+
+
+def overfitting(subject: Subject) -> list[Finding]:
+    """The lowest eval loss lies in the first half, and the end is clearly above it."""
+    found = [
+        arm
+        for arm in subject.arms
+        if arm.lowest_step < 0.5 * arm.final_step and _end(arm) > arm.lowest * (1 + OVERFIT_PERCENT / 100)
+    ]
+    if not found:
+        return []
+    who = "Every arm" if len(found) == len(subject.arms) else ", ".join(arm.name for arm in found)
+    part = max(arm.lowest_step / arm.final_step for arm in found)
+    by_lowest = [arm.name for arm in sorted(subject.arms, key=lambda arm: arm.lowest)]
+    same = by_lowest == [arm.name for arm in subject.arms]
+    listed = "; ".join(
+        f"{arm.name} {arm.lowest:.4f} at step {arm.lowest_step:,.0f}, {_end(arm):.4f} at the end" for arm in found
+    )
+    return [
+        Finding(
+            "overfitting",
+            f"{who} overfits: the lowest eval loss comes within {100 * part:.0f} % of the steps ({listed}). Ranked by "
+            f"it, the order is {'the same' if same else ', '.join(by_lowest)}.",
+            {f"{arm.name} lowest": arm.lowest for arm in found} | {f"{arm.name} end": _end(arm) for arm in found},
+        )
+    ]
+
+
+def unequal_budget(subject: Subject) -> list[Finding]:
+    """Arms saw different amounts of data, whatever their steps say."""
+    seen = {arm.name: arm.samples if _known(arm.samples) else arm.micro_batches for arm in subject.arms}
+    if not _differ(seen.values()):
+        return []
+    unit = "samples" if all(_known(arm.samples) for arm in subject.arms) else "micro-batches"
+    most = max(seen, key=seen.__getitem__)
+    by_name = {arm.name: arm for arm in subject.arms}
+    listed = ", ".join(f"{name} {value:,.0f}" for name, value in seen.items())
+    text = f"Arms did not see the same amount of data: {listed} {unit}."
+    if by_name[most].final_step == min(arm.final_step for arm in subject.arms):
+        text += f" {most} took the fewest steps ({by_name[most].final_step:,.0f}) and was further along than any other."
+    hours = [arm.hours for arm in subject.arms]
+    if all(map(_known, hours)) and not _differ(hours):
+        text += f" All ran equally long ({min(hours):.1f} to {max(hours):.1f} hours): none was stopped early."
+    return [Finding("unequal_budget", text + f" Compare at equal {unit}.", seen)]
+
+
+def accumulation(subject: Subject) -> list[Finding]:
+    """A step is not the same amount of work in every arm."""
+    found = {arm.name: arm.accumulation for arm in subject.arms if _known(arm.accumulation)}
+    if len(set(found.values())) < 2:
+        return []
+    listed = ", ".join(f"{name} {value:.0f}" for name, value in found.items())
+    text = f"Accumulation differs ({listed}): equal steps are not equal data, and curves over steps mislead."
+    return [Finding("accumulation", text, found)]
+
+
+def points_after_the_end(subject: Subject) -> list[Finding]:
+    """A curve has values after the run's last step."""
+    return [
+        Finding(
+            "points_after_the_end",
+            f"{arm.name} ended at step {arm.final_step:,.0f}, and values are given at "
+            f"{', '.join(f'{step:,}' for step in late)}: they cannot be measurements.",
+            {f"step {step}": arm.curve[step] for step in late},
+        )
+        for arm in subject.arms
+        if (late := sorted(step for step in arm.curve if step > arm.final_step))
+    ]
+
+
+def margins(subject: Subject) -> list[Finding]:
+    """Printed margins are not what the printed losses give."""
+    if not subject.arms:
+        return []
+    winner = _end(subject.arms[0])
+    found = []
+    for arm in subject.arms[1:]:
+        printed, margin = subject.margins.get(arm.name, NAN), 100 * (_end(arm) - winner) / winner
+        if _known(printed) and f"{margin:.1f}" != f"{printed:.1f}":
+            text = (
+                f"The margin of {arm.name} is {_end(arm) - winner:.4f}/{winner:.4f} = {margin:.3f} %, of the winner's "
+                f"loss; {printed} % was printed."
+            )
+            found.append(Finding("margins", text, {"computed": margin, "printed": printed}))
+    return found
+
+
+def effective_batch(subject: Subject) -> list[Finding]:
+    """The printed effective batch is not micro-batch x accumulation x ranks."""
+    if subject.effective_batch is None:
+        return []
+    computed = [arm.micro_batch * arm.accumulation * subject.ranks for arm in subject.arms]
+    low, high = subject.effective_batch
+    if not all(map(_known, computed)) or (min(computed), max(computed)) == (low, high):
+        return []
+    text = (
+        f"The effective batch is printed as {low:.0f} to {high:.0f}; micro-batch x accumulation x ranks gives "
+        f"{min(computed):.0f} to {max(computed):.0f} packs. What a pack holds must be counted, in samples and tokens."
+    )
+    return [Finding("effective_batch", text, {"computed low": min(computed), "computed high": max(computed)})]
+
+
+def one_seed(subject: Subject) -> list[Finding]:
+    """Arms with a single seed: no difference can be told from the noise of seeds."""
+    found = [arm.name for arm in subject.arms if arm.n_seeds == 1]
+    if not found:
+        return []
+    who = "Every arm has" if len(found) == len(subject.arms) else f"{', '.join(found)}: each has"
+    return [Finding("one_seed", f"{who} one seed: whether a difference is more than seed noise cannot be told.")]
+
+
+def best_fit_disagrees(subject: Subject) -> list[Finding]:
+    """Raw and smoothed train loss name different arms as the best fit."""
+    arms = [arm for arm in subject.arms if _known(arm.train_loss) and _known(arm.train_loss_smoothed)]
+    if len(arms) < 2:
+        return []
+    raw = min(arms, key=lambda arm: arm.train_loss)
+    smoothed = min(arms, key=lambda arm: arm.train_loss_smoothed)
+    if raw.name == smoothed.name:
+        return []
+    text = (
+        f"Which arm fits best depends on smoothing: {smoothed.name} by smoothed train loss "
+        f"({smoothed.train_loss_smoothed:.4f} for {raw.train_loss_smoothed:.4f}), {raw.name} by the raw one "
+        f"({raw.train_loss:.4f} for {smoothed.train_loss:.4f})."
+    )
+    return [Finding("best_fit_disagrees", text, {raw.name: raw.train_loss, smoothed.name: smoothed.train_loss})]
+
+
+def full_fits_better(subject: Subject) -> list[Finding]:
+    """It is claimed that full fine-tuning fits better, and an arm trained fully fits worse than one with LoRA."""
+    if not subject.full_fits_better:
+        return []
+    against = [
+        (full, lora)
+        for full in subject.arms
+        for lora in subject.arms
+        if full.method == "full" and lora.method == "lora" and full.train_loss_smoothed > lora.train_loss_smoothed
+    ]
+    return [
+        Finding(
+            "full_fits_better",
+            f"Full fine-tuning is said to reach lower training loss; {full.name} has {full.train_loss_smoothed:.4f}, "
+            f"{lora.name} {lora.train_loss_smoothed:.4f}.",
+            {full.name: full.train_loss_smoothed, lora.name: lora.train_loss_smoothed},
+        )
+        for full, lora in against
+    ]
+
+
+def full_needs_accumulation(subject: Subject) -> list[Finding]:
+    """It is claimed that full fine-tuning needs so much accumulation, and an arm trained fully ran with less."""
+    needed = subject.full_needs_accumulation
+    return [
+        Finding(
+            "full_needs_accumulation",
+            f"Full fine-tuning is said to need accumulation {needed:.0f}; {arm.name} ran with {arm.accumulation:.0f}.",
+            {arm.name: arm.accumulation},
+        )
+        for arm in subject.arms
+        if arm.method == "full" and arm.accumulation < needed
+    ]
+
+
+_MUST_AGREE = {
+    names.TAG_BASE_DIGEST: "base weights",
+    names.TAG_TRAIN_DIGEST: "training data",
+    names.TAG_VAL_DIGEST: "validation data",
+    names.TAG_CODE_VERSION: "code",
+    **{names.DTYPE + part: f"number format of what trains of the {part}" for part in names.PARTS},
+}
+
+
+def not_alike(subject: Subject) -> list[Finding]:
+    """Runs of different base weights, data, code or number formats in one ranking."""
+    findings = []
+    for key, what in _MUST_AGREE.items():
+        values = {value: [arm.name for arm in subject.arms if value in arm.facts.get(key, ())]
+                  for arm in subject.arms for value in arm.facts.get(key, ())}  # fmt: skip
+        if len(values) > 1:
+            listed = "; ".join(f"{value[:12]}: {', '.join(arms)}" for value, arms in sorted(values.items()))
+            findings.append(Finding("not_alike", f"Runs differ in {what} ({listed}).", {"kinds": float(len(values))}))
+    return findings
+
+
+def rates_not_tuned(subject: Subject) -> list[Finding]:
+    """Arms have learning rates of their own, each set by hand and tried once."""
+    rates = {arm.name: arm.vit_lr for arm in subject.arms if _known(arm.vit_lr) and arm.method in ("lora", "full")}
+    if len(set(rates.values())) < 2 or len(set(rates.values())) < len(rates):
+        return []
+    listed = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+    text = f"Each arm has its own vision learning rate ({listed}), tried once: an arm may win by its rate."
+    return [Finding("rates_not_tuned", text, rates)]
+
+
+def gates(subject: Subject) -> list[Finding]:
+    """Arms whose runs have not proved that what was planned has trained."""
+    found = [arm.name for arm in subject.arms if arm.gate != {"passed"}]
+    text = f"No training gate in {', '.join(found)}: that the named tensors have trained is not proved."
+    return [Finding("gates", text)] if found else []
+
+
+def f1_disagrees(subject: Subject) -> list[Finding]:
+    """Eval loss and F1 order the arms differently."""
+    arms = [arm for arm in subject.arms if _known(arm.f1) and _known(arm.eval_loss)]
+    by_loss = [arm.name for arm in sorted(arms, key=lambda arm: arm.eval_loss)]
+    by_f1 = [arm.name for arm in sorted(arms, key=lambda arm: -arm.f1)]
+    if by_loss == by_f1:
+        return []
+    text = f"Eval loss orders the arms {', '.join(by_loss)}; F1 {', '.join(by_f1)}."
+    return [Finding("f1_disagrees", text, {arm.name: arm.f1 for arm in arms})]
+
+
+def does_not_look(subject: Subject) -> list[Finding]:
+    """The loss hardly changes when images are exchanged: the model answers without looking."""
+    found = {arm.name: arm.vision_gain for arm in subject.arms
+             if arm.vision_gain < NO_VISION_PERCENT / 100 * arm.eval_loss}  # fmt: skip
+    listed = ", ".join(f"{name} {gain:.4f}" for name, gain in found.items())
+    text = f"The vision gain is next to nothing ({listed}): the model hardly looks at the image."
+    return [Finding("does_not_look", text, found)] if found else []
+
+
+CHECKS: dict[str, Callable[[Subject], list[Finding]]] = {
+    check.__name__: check
+    for check in (
+        one_seed, overfitting, unequal_budget, accumulation, points_after_the_end, margins, effective_batch,
+        best_fit_disagrees, full_fits_better, full_needs_accumulation, not_alike, rates_not_tuned, gates, f1_disagrees,
+        does_not_look,
+    )
+}  # fmt: skip
+
+
+def careful_reading(subject: Subject) -> list[Finding]:
+    """All findings of all checks, in the table's order."""
+    return [finding for check in CHECKS.values() for finding in check(subject)]
+
+
+def subject_of(ranking: Ranking) -> Subject:
+    """What a ranking of runs says, as the checks read it."""
+    return Subject([_arm(row) for row in ranking.rows])
+
+
+def _arm(row: Row) -> Arm:
+    def mean(key: str) -> float:
+        return row.estimates[key].mean
+
+    runs = [reading.run for reading in row.readings]
+    facts = {
+        key: frozenset(v for run in runs if (v := run.tags.get(key) or run.params.get(key))) for key in _MUST_AGREE
+    }
+
+    def param(key: str) -> float:
+        try:
+            return float(runs[0].params.get(key, "nan"))
+        except ValueError:
+            return NAN
+
+    return Arm(
+        name=row.label,
+        n_seeds=len(runs),
+        eval_loss=mean(names.EVAL_LOSS),
+        train_loss=mean(names.TRAIN_LOSS),
+        train_loss_smoothed=mean(names.TRAIN_LOSS_SMOOTHED),
+        lowest=mean(names.BEST_LOSS),
+        lowest_step=mean(names.BEST_STEP),
+        final_step=mean(STEP),
+        hours=mean(names.TRAIN_SECONDS) / 3600,
+        samples=mean(names.SAMPLES_SEEN),
+        f1=mean(names.F1),
+        vision_gain=mean(names.VISION_GAIN),
+        micro_batch=param("training.per_device_train_batch_size"),
+        accumulation=param("training.gradient_accumulation_steps"),
+        method=runs[0].params.get("strategy.vision.method", ""),
+        vit_lr=param("training.vit_lr"),
+        facts=facts,
+        gate=frozenset(run.tags.get(names.TAG_GATE, "") for run in runs),
+    )
+
+
+def _end(arm: Arm) -> float:
+    """The loss that a ranking is by: smoothed where it is known, as it was published."""
+    return arm.eval_loss_smoothed if _known(arm.eval_loss_smoothed) else arm.eval_loss
+
+
+def _known(value: float) -> bool:
+    return not math.isnan(value)
+
+
+def _differ(values: Iterable[float]) -> bool:
+    known = list(values)
+    return bool(known) and all(map(_known, known)) and max(known) > BUDGET_RATIO * min(known)

@@ -1,0 +1,131 @@
+"""The careful reader: nine things in the published comparison, every planted fault in synthetic ones, nothing else."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from analysis.checks import CHECKS, Arm, Subject, careful_reading, subject_of
+from analysis.published import published_files, published_subject
+from analysis.ranking import At, rank
+from tests.analysis.test_ranking import readings
+
+(STAGE3,) = published_files()
+
+NINE = {
+    "overfitting": "within 29 % of the steps",
+    "unequal_budget": "all_full took the fewest steps (6,900) and was further along",
+    "points_after_the_end": "8,000, 10,000",
+    "margins": "0.0608/0.5550 = 10.955 %",
+    "effective_batch": "gives 4 to 8 packs",
+    "one_seed": "Every arm has one seed",
+    "best_fit_disagrees": "last6_full by smoothed train loss",
+    "full_fits_better": "all_full has 0.2171, last6_lora 0.2001",
+    "full_needs_accumulation": "last6_full ran with 2",
+}
+
+
+@pytest.mark.parametrize("check", NINE)
+def test_what_is_wrong_with_the_published_report_is_found(check: str) -> None:
+    """Its six written observations, and three that nobody had written down; each with its numbers."""
+    (finding,) = CHECKS[check](published_subject(STAGE3))
+    assert NINE[check] in finding.text
+
+
+def test_nothing_else_is_said_of_the_published_report_but_what_is_so() -> None:
+    """Rates set by hand, accumulation 2 and 4, and no gate: true of it as well."""
+    found = {finding.check for finding in careful_reading(published_subject(STAGE3))}
+    assert found == {*NINE, "accumulation", "rates_not_tuned", "gates"}
+
+
+# --- synthetic reports: a sound one, and faults planted in it -----------------------------------------------------
+
+
+def sound() -> Subject:
+    """Three arms, three seeds each, of which nothing can be said."""
+    known = facts(base_model__digest="b", data__train_digest="t") | {"dtype/vision": frozenset({"float32"})}
+    arms = [
+        Arm(
+            name=name, n_seeds=3, eval_loss=0.5 + shift, eval_loss_smoothed=0.5 + shift, train_loss=0.4 + shift,
+            train_loss_smoothed=0.41 + shift, lowest=0.5 + shift, lowest_step=100, final_step=100, hours=2.0,
+            samples=1600, f1=0.6 - shift, vision_gain=0.3, micro_batch=1, accumulation=2, method=method, vit_lr=1e-4,
+            curve={50: 0.6, 100: 0.5 + shift}, facts=known,
+        )
+        for name, method, shift in (("first", "full", 0.0), ("second", "lora", 0.05), ("third", "lora", 0.1))
+    ]  # fmt: skip
+    return Subject(arms, margins={"second": 10.0, "third": 20.0}, effective_batch=(2, 2), full_fits_better=True,
+                   full_needs_accumulation=2)  # fmt: skip
+
+
+def with_arm(subject: Subject, index: int, **changes: Any) -> Subject:
+    """One arm changed."""
+    arms = [replace(arm, **changes) if i == index else arm for i, arm in enumerate(subject.arms)]
+    return replace(subject, arms=arms)
+
+
+def facts(**values: str) -> dict[str, frozenset[str]]:
+    """Tags of an arm's runs; `__` stands for a dot."""
+    return {key.replace("__", "."): frozenset({value}) for key, value in values.items()}
+
+
+PLANTED: dict[str, Callable[[Subject], Subject]] = {
+    "one_seed": lambda s: with_arm(s, 1, n_seeds=1),
+    "overfitting": lambda s: with_arm(s, 2, lowest=0.55, lowest_step=20),
+    "unequal_budget": lambda s: with_arm(s, 1, samples=3200),
+    "accumulation": lambda s: replace(with_arm(s, 1, accumulation=4), effective_batch=(2, 4)),
+    "points_after_the_end": lambda s: with_arm(s, 0, curve={100: 0.5, 120: 0.49}),
+    "margins": lambda s: replace(
+        s, margins={"second": 9.1, "third": 20.0}
+    ),  # of the loser's loss, as one is tempted to
+    "effective_batch": lambda s: replace(s, effective_batch=(8, 16)),
+    "best_fit_disagrees": lambda s: with_arm(s, 1, train_loss=0.39),
+    "full_fits_better": lambda s: with_arm(s, 0, train_loss=0.451, train_loss_smoothed=0.47),
+    "full_needs_accumulation": lambda s: replace(s, full_needs_accumulation=4),
+    "not_alike": lambda s: with_arm(s, 1, facts=facts(base_model__digest="other")),
+    "rates_not_tuned": lambda s: with_arm(with_arm(s, 1, vit_lr=2e-4), 2, vit_lr=3e-4),
+    "gates": lambda s: with_arm(s, 1, gate=frozenset({"passed", ""})),
+    "f1_disagrees": lambda s: with_arm(s, 2, f1=0.7),
+    "does_not_look": lambda s: with_arm(s, 1, vision_gain=0.004),
+}
+
+
+def test_nothing_is_said_of_a_sound_report() -> None:
+    """No false alarm."""
+    assert careful_reading(sound()) == []
+
+
+def test_there_is_a_fault_for_every_check() -> None:
+    """A check that is never seen to find anything would be none."""
+    assert set(PLANTED) == set(CHECKS)
+
+
+@pytest.mark.parametrize("check", PLANTED)
+def test_a_planted_fault_is_found_and_nothing_else(check: str) -> None:
+    """No miss, no false alarm."""
+    assert {finding.check for finding in careful_reading(PLANTED[check](sound()))} == {check}
+
+
+@pytest.mark.parametrize(
+    "pair", [("one_seed", "gates"), ("overfitting", "f1_disagrees"), ("not_alike", "does_not_look")]
+)
+def test_two_faults_are_both_found(pair: tuple[str, str]) -> None:
+    """One does not hide the other."""
+    assert {f.check for f in careful_reading(PLANTED[pair[1]](PLANTED[pair[0]](sound())))} == {*pair}
+
+
+def test_what_is_not_known_is_not_spoken_of() -> None:
+    """Arms of which only the loss is known: one seed each, and no more can be said."""
+    found = careful_reading(Subject([Arm("a", eval_loss=0.5), Arm("b", eval_loss=0.6)]))
+    assert [finding.check for finding in found] == ["one_seed"]
+
+
+def test_runs_are_read_as_reports_are() -> None:
+    """A ranking of runs becomes a subject: seeds counted, tags and params taken over."""
+    subject = subject_of(rank(readings({"a": [0.5, 0.6], "b": [0.7, 0.8]}), "eval/loss", At()))
+    assert [(arm.name, arm.n_seeds, round(arm.eval_loss, 3)) for arm in subject.arms] == [
+        ("a", 2, 0.55),
+        ("b", 2, 0.75),
+    ]
+    assert subject.arms[0].facts["data.train_digest"] == {"d"}
+    assert careful_reading(subject) == []
