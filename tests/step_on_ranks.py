@@ -71,7 +71,7 @@ def take(folder: Path, kind: str, dtype: str, dropout: float, *, ranks: int = 1,
         facts = {"loss": done.loss, "norms": dict(done.grad_norms), "samples": done.seen.samples,
                  "tokens": done.seen.tokens, "silent": silent}  # fmt: skip
         (folder / "step.json").write_text(json.dumps(facts))
-    launch.leave(accelerator)
+    accelerator.wait_for_everyone()
 
 
 def _batch(samples: list[Any], indices: list[int]) -> Batch:
@@ -91,3 +91,4 @@ if __name__ == "__main__":
 
     count = int(os.environ["WORLD_SIZE"])
     take(Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4]), ranks=count, accumulation=4 // count)
+    launch.end(0)

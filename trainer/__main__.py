@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from types import FrameType
@@ -16,7 +17,7 @@ import click
 from trainer import launch
 from trainer.errors import TrainingStopped, UserError
 
-EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_ERROR, EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 _SAME_WISH_SECONDS = 5.0
 """Signals that follow the first so soon ask for the same thing: under `mlflow run`, Ctrl-C reaches us from the terminal
@@ -177,30 +178,40 @@ def _let_the_first_rank_speak() -> None:
         time.sleep(_SAME_WISH_SECONDS)
 
 
-def main() -> NoReturn:
-    """Run a command; the exit status says how it ended."""
-    _stop_on_signals()
+def _status() -> int:
+    """Run a command and tell what went wrong; the exit status says how it ended."""
     try:
         cli(prog_name="python -m trainer", standalone_mode=False)
-        sys.exit(0)
     except UserError as error:
         _let_the_first_rank_speak()
         click.echo(f"error: {error}", err=True)
-        sys.exit(EXIT_USER)
+        return EXIT_USER
     except click.ClickException as error:
         error.show()
-        sys.exit(EXIT_USER)
+        return EXIT_USER
     except TrainingStopped as error:
         _let_the_first_rank_speak()
         click.echo(f"stopped: {error}", err=True)
-        sys.exit(EXIT_STOPPED)
+        return EXIT_STOPPED
     except (KeyboardInterrupt, click.Abort):
         if not launch.is_rank():  # whoever started the ranks says it
             click.echo("interrupted", err=True)
-        sys.exit(EXIT_INTERRUPTED)
-    except Exception:
+        return EXIT_INTERRUPTED
+    except Exception:  # noqa: BLE001 - told in full, and by the status
         _let_the_first_rank_speak()  # most likely it was an error of its own that broke what this rank waited for
-        raise
+        traceback.print_exc()
+        return EXIT_ERROR
+    return 0
+
+
+def main() -> NoReturn:
+    """The command line."""
+    _stop_on_signals()
+    try:
+        status = _status()
+    except SystemExit as ending:  # a signal, or the status of the ranks that were started
+        status = int(ending.code or 0)
+    launch.end(status)
 
 
 if __name__ == "__main__":

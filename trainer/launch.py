@@ -7,15 +7,11 @@ import socket
 import sys
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from trainer.errors import ConfigError
 
-_STARTED_AS_RANK = (
-    "LOCAL_RANK" in os.environ
-)  # at the start: DeepSpeed makes a lone process a rank of one, see `_alone`
-
-
+_STARTED_AS_RANK = "LOCAL_RANK" in os.environ  # at the start: `_alone` makes a lone process a rank of one
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -125,8 +121,6 @@ def on_first_rank(accelerator: Any, make: Callable[[], Any], *, elsewhere: Calla
     finally:
         if accelerator.num_processes > 1:
             broadcast_object_list(box)
-            if not box[0]:
-                accelerator.end_training()  # gloo's threads, left to the interpreter's end, now and then abort it
     if not box[0]:
         raise SystemExit(0)  # the first rank says what is wrong, with its exit status
     if accelerator.is_main_process:
@@ -134,10 +128,20 @@ def on_first_rank(accelerator: Any, make: Callable[[], Any], *, elsewhere: Calla
     return box[1] if elsewhere is None else elsewhere()
 
 
-def leave(accelerator: Any) -> None:
-    """Take the group apart, so that no rank ends while another still waits for it."""
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+def end(status: int) -> NoReturn:
+    """End this process, the last thing it does; one with a group of ranks at once.
+
+    Gloo's threads, left to the interpreter's end, now and then abort it; taken apart before, they now and then wait for
+    ever: their destructor joins a thread that needs the interpreter's lock, and holds that lock.
+    """
+    if "torch" in sys.modules:  # else there is no group, and help needs no torch
+        from torch import distributed
+
+        if distributed.is_initialized():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    sys.exit(status)
 
 
 def _alone() -> None:

@@ -92,6 +92,6 @@ def run(resolved: Resolved) -> Outcome:
             tracker,
             batch_size=config.tracking.generate_batch_size,
         )
-    launch.leave(accelerator)
+    accelerator.wait_for_everyone()  # no rank ends while another still waits for it
     result = facts.result_of(reporter.checkpoints, training.load_best_model_at_end)
     return Outcome(tracker.run_id, Path(result.path), dict(reporter.latest), gate.verdict.value)
