@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from analysis.ranking import STEP, Ranking, Row
+from analysis.ranking import STEP, Ranking, Row, number
 from trainer import names
 
 NAN = math.nan
@@ -328,12 +328,6 @@ def _arm(row: Row) -> Arm:
         key: frozenset(v for run in runs if (v := run.tags.get(key) or run.params.get(key))) for key in _MUST_AGREE
     }
 
-    def param(key: str) -> float:
-        try:
-            return float(runs[0].params.get(key, "nan"))
-        except ValueError:
-            return NAN
-
     return Arm(
         name=row.label,
         n_seeds=len(runs),
@@ -347,10 +341,10 @@ def _arm(row: Row) -> Arm:
         samples=mean(names.SAMPLES_SEEN),
         f1=mean(names.F1),
         vision_gain=mean(names.VISION_GAIN),
-        micro_batch=param("training.per_device_train_batch_size"),
-        accumulation=param("training.gradient_accumulation_steps"),
+        micro_batch=number(runs[0].params.get("training.per_device_train_batch_size")),
+        accumulation=number(runs[0].params.get("training.gradient_accumulation_steps")),
         method=runs[0].params.get("strategy.vision.method", ""),
-        vit_lr=param("training.vit_lr"),
+        vit_lr=number(runs[0].params.get("training.vit_lr")),
         facts=facts,
         gate=frozenset(run.tags.get(names.TAG_GATE, "") for run in runs),
     )

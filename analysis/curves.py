@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from trainer.metrics import Smoothing
+
 SMOOTHING = 0.6
 """TensorBoard's default, with which the published figures were most likely read."""
 
@@ -84,11 +86,5 @@ def debiased_ema(values: ArrayLike, weight: float = SMOOTHING) -> Floats:
     """
     if not 0 <= weight < 1:
         raise ValueError(f"a smoothing weight is in [0, 1), not {weight}")
-    smoothed = np.array(values, dtype=np.float64)
-    total, count = 0.0, 0
-    for index, value in enumerate(smoothed):
-        if np.isfinite(value):
-            count += 1
-            total = weight * total + (1 - weight) * value
-            smoothed[index] = total / (1 - weight**count)
-    return smoothed
+    one_by_one = Smoothing(weight)
+    return np.array([one_by_one.add(float(value)) for value in np.asarray(values)], dtype=np.float64)

@@ -124,11 +124,9 @@ def draw(comparison: Comparison, folder: Path, axis: str) -> list[Path]:
 def curve_figure(comparison: Comparison, metric: str, label: str, axis: str) -> Figure | None:
     """One metric over an axis: runs thin, their smoothed mean thick, a band from the lowest to the highest seed."""
     figure, plot = _one()
-    drawn = False
-    for row in comparison.ranking.rows:
-        look = looks([r.label for r in comparison.ranking.rows])[row.label]
-        drawn |= _draw_arm(plot, comparison, row, look, metric, axis)
-    if not drawn:
+    styles = looks([row.label for row in comparison.ranking.rows])
+    drawn = [_draw_arm(plot, comparison, row, styles[row.label], metric, axis) for row in comparison.ranking.rows]
+    if not any(drawn):
         return None
     plot.set(xlabel=AXES[axis][2], ylabel=label)
     if metric.startswith(names.LEARNING_RATE):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -168,7 +168,7 @@ def read(run: Run, by: str, at: At, curves: Mapping[str, Curve]) -> Reading | st
         curves: metric -> curve, of the metrics in `CURVES`; not needed at the end.
     """
     values = {column.key: run.metrics.get(column.key, NAN) for column in COLUMNS} | {by: run.metrics.get(by, NAN)}
-    values[TRAINABLE] = _number(run.params.get(TRAINABLE))
+    values[TRAINABLE] = number(run.params.get(TRAINABLE))
     values[STEP] = float(run.last_step)
     if by not in run.metrics:
         return f"has no {by}"
@@ -235,10 +235,8 @@ def rank(
     # a row without a value, which is nan, comes last
     rows.sort(key=lambda row: (math.isnan(m := row.estimates[by].mean), worse * m, row.label))
     best = rows[0].estimates[by].mean if rows else NAN
-    margins = [100 * worse * (row.estimates[by].mean - best) / abs(best) if best else NAN for row in rows]
     rows = [
-        Row(row.label, row.strategy, row.readings, row.estimates, margin)
-        for row, margin in zip(rows, margins, strict=True)
+        replace(row, margin=100 * worse * (row.estimates[by].mean - best) / abs(best) if best else NAN) for row in rows
     ]
     values = {row.label: {reading.block: reading.values[by] for reading in row.readings} for row in rows}
     return Ranking(by, at, tuple(rows), tuple(all_differences(values)), tuple(excluded), n_not_finite)
@@ -312,7 +310,8 @@ def domain_losses(ranking: Ranking) -> dict[str, dict[str, float]]:
     return losses
 
 
-def _number(text: str | None) -> float:
+def number(text: str | None) -> float:
+    """A param as a number; nan where it is none."""
     try:
         return float(text) if text is not None else NAN
     except ValueError:

@@ -7,7 +7,7 @@ here is about; the uncertainty of the validation set is another question, with `
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -111,10 +111,7 @@ def all_differences(values: Mapping[str, Mapping[str, float]]) -> list[Differenc
     """
     pairs = [difference(a, b, values) for a, b in itertools.combinations(values, 2)]
     adjusted = holm([pair.p for pair in pairs])
-    return [
-        Difference(p.first, p.second, p.estimate, p.p, p.method, p_adjusted)
-        for p, p_adjusted in zip(pairs, adjusted, strict=True)
-    ]
+    return [replace(pair, p_adjusted=p) for pair, p in zip(pairs, adjusted, strict=True)]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

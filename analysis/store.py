@@ -1,15 +1,11 @@
-"""The one door to MLflow here: runs, whole curves, per-record losses in; reports and imported runs out."""
+"""The one door to MLflow here: runs and whole curves in, imported runs out."""
 
-import io
 import json
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, ViewType
 from mlflow.entities import Run as MlflowRun
@@ -175,20 +171,6 @@ class Store:
                     wanted = wanted[wanted.index(cut) :]
         return {run_id: last_write_wins(run_rows) for run_id, run_rows in rows.items()}
 
-    def record_losses(self, run_id: str) -> pd.DataFrame | None:
-        """Per-record losses of the best and the last evaluation, or None where the run has none.
-
-        Returns:
-            Columns at, step, set, record_id, domain, loss_sum (nats), tokens (supervised).
-        """
-        data = self._artifact(run_id, names.ARTIFACT_RECORD_LOSSES)
-        return None if data is None else pd.read_parquet(io.BytesIO(data))
-
-    def artifact_text(self, run_id: str, name: str) -> str | None:
-        """A text artifact, or None where the run has none."""
-        data = self._artifact(run_id, name)
-        return None if data is None else data.decode("utf-8")
-
     def import_run(self, imported: Imported, experiment: str) -> tuple[str, bool]:
         """Write a run that was trained elsewhere; what an earlier import has written is not there twice afterwards.
 
@@ -226,18 +208,6 @@ class Store:
             self._client.set_terminated(run_id, end_time=max(times))
             self._client.set_tag(run_id, names.TAG_IMPORTED_ROWS, str(len(rows)))  # last: it says that all are there
         return run_id, True
-
-    def experiment_name(self, experiment_id: str) -> str:
-        """Name of an experiment."""
-        with told(self.uri):
-            name: str = self._client.get_experiment(experiment_id).name
-        return name
-
-    def _artifact(self, run_id: str, name: str) -> bytes | None:
-        with told(self.uri), tempfile.TemporaryDirectory() as folder:
-            if name not in {item.path for item in self._client.list_artifacts(run_id)}:
-                return None
-            return Path(self._client.download_artifacts(run_id, name, folder)).read_bytes()
 
     def _experiment_ids(self, name: str | None) -> list[str]:
         with told(self.uri):
