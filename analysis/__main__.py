@@ -2,8 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,9 +13,6 @@ from trainer import names
 from trainer.errors import UserError
 
 EXIT_USER, EXIT_INTERRUPTED = 2, 130
-
-_CURVES_AT_ONCE = 200
-"""Runs whose curves are held together: memory stays flat in the number of runs."""
 
 
 def _empty_is_none(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
@@ -55,6 +51,14 @@ _at = click.option(
 )
 
 
+_axis = click.option(
+    "--axis",
+    callback=_empty_is_none,
+    type=click.Choice(["steps", "samples", "tokens", "epochs", "hours", ""]),
+    help="What runs along x. [default: samples where arms take different numbers in a step, else steps]",
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     r"""Compare what was trained: rank strategies and say how sure that is.
@@ -64,6 +68,8 @@ def cli() -> None:
     \b
     python -m analysis rank                       every run with a strategy, seeds pooled
     python -m analysis rank --at samples=1000     at equal samples, where accumulation differs
+    python -m analysis report                     report.md and report.html, also in MLflow
+    python -m analysis promote                    the winner's checkpoint into the Model Registry
     python -m analysis import_published           the comparison that started this, as MLflow runs
     """
 
@@ -89,12 +95,10 @@ def rank(experiment: str | None, by: str, where: str | None, at: str, form: str,
     """
     from analysis import tables
     from analysis.ranking import parse_at
-    from analysis.ranking import rank as ranked
+    from analysis.reading import read_ranking
     from analysis.store import Store
 
-    place = parse_at(at)
-    readings, excluded, n_not_finite = _read(Store(), experiment, where, by, place)
-    ranking = ranked(readings, by, place, excluded, each=each, n_not_finite=n_not_finite)
+    ranking = read_ranking(Store(), experiment, where, by, parse_at(at), each=each)
     if form == "table":
         tables.render(ranking, _console())
     else:
@@ -102,36 +106,79 @@ def rank(experiment: str | None, by: str, where: str | None, at: str, form: str,
 
 
 @cli.command()
-@_options(_experiment, _by, _where, _at)
-@click.option(
-    "--axis",
-    callback=_empty_is_none,
-    type=click.Choice(["steps", "samples", "tokens", "epochs", "hours", ""]),
-    help="What runs along x. [default: samples where arms take different numbers in a step, else steps]",
-)
+@_options(_experiment, _by, _where, _at, _axis)
 @click.option("--out", callback=_empty_is_none, default="output/figures", show_default=True, help="Folder for them.")
 def plot(experiment: str | None, by: str, where: str | None, at: str, axis: str | None, out: str) -> None:
-    """Draw what is ranked, as PNG and SVG: curves, gaps, loss against cost, loss by domain.
+    """Draw what is ranked, as PNG and SVG: curves, gaps, loss against cost, loss by domain, sweeps.
 
     Runs are thin lines, their mean over seeds a thick one, and a band reaches from the lowest seed to the highest. An
     arm has one colour, line and marker in every figure.
     """
     from analysis import plots
-    from analysis.ranking import domain_losses, parse_at
-    from analysis.ranking import rank as ranked
+    from analysis.comparison import default_axis
+    from analysis.ranking import parse_at
+    from analysis.reading import read_comparison
     from analysis.store import Store
 
-    place, store = parse_at(at), Store()
-    readings, excluded, _ = _read(store, experiment, where, by, place)
-    ranking = ranked(readings, by, place, excluded)
-    run_ids = [reading.run.id for row in ranking.rows for reading in row.readings]
-    by_metric = {metric: store.curves(run_ids, metric) for metric in plots.CURVES_NEEDED}
-    curves = {run_id: {metric: of_runs[run_id] for metric, of_runs in by_metric.items()} for run_id in run_ids}
-    comparison = plots.Comparison(ranking, curves, domain_losses(ranking))
-    for path in plots.draw(comparison, Path(out), axis or plots.default_axis(ranking)):
+    comparison = read_comparison(Store(), experiment, where, by, parse_at(at))
+    for path in plots.draw(comparison, Path(out), axis or default_axis(comparison.ranking)):
         click.echo(path)
-    for run, reason in excluded:
+    for run, reason in comparison.ranking.excluded:
         click.echo(f"not drawn: {run.name or run.id} {reason}", err=True)
+
+
+@cli.command()
+@_options(_experiment, _by, _where, _at, _axis)
+@click.option(
+    "--points", callback=_empty_is_none, help="Where curves are told: 500,1000,2000. [default: round numbers]"
+)
+@click.option("--out", callback=_empty_is_none, default="output/report", show_default=True, help="Folder for it.")
+@click.option("--local", is_flag=True, help="Write the files only; MLflow stays as it is.")
+def report(  # click's options say what they are
+    experiment: str | None, by: str, where: str | None, at: str, axis: str | None, points: str | None, out: str,
+    local: bool,
+) -> None:  # fmt: skip
+    """Write the report on a comparison: report.md, and report.html with all pictures inside.
+
+    What was compared and what differs, metrics, curves, depth x method, domains, how sure it is, what a careful reader
+    notices, a recommendation with its confidence, what to run next, and how to run it again. Both become artifacts of
+    the comparison's parent run in MLflow, or of a run that is made to hold them.
+    """
+    from analysis.comparison import parse_points
+    from analysis.ranking import parse_at
+    from analysis.reading import read_comparison
+    from analysis.report import log, write
+    from analysis.store import Store
+
+    told, store, folder = parse_points(points) if points else [], Store(), Path(out)
+    comparison = read_comparison(store, experiment, where, by, parse_at(at))
+    for path in write(store, comparison, folder, axis, told):
+        click.echo(path)
+    if not local:
+        click.echo(f"in MLflow: artifacts `report` of run {log(store, comparison.ranking, folder)}")
+
+
+@cli.command()
+@_options(_experiment, _by, _where, _at)
+@click.option("--name", callback=_empty_is_none, default="qwen3vl-vision", show_default=True, help="Registered model.")
+@click.option("--alias", callback=_empty_is_none, default="champion", show_default=True, help="Of the version.")
+@click.option("--anyway", is_flag=True, help="Also where the winner is not distinguishable from the second.")
+def promote(experiment: str | None, by: str, where: str | None, at: str, name: str, alias: str, anyway: bool) -> None:
+    """Register the winner's best checkpoint in the MLflow Model Registry, under an alias that says: use this one.
+
+    Of the winner's seeds, the run with the best value is taken. Refused where the winner is not distinguishable from
+    the second: then nothing says that it is better.
+    """
+    from analysis.champion import promote as promoted
+    from analysis.ranking import parse_at
+    from analysis.reading import read_ranking
+    from analysis.store import Store
+
+    store = Store()
+    version, best = promoted(
+        store, read_ranking(store, experiment, where, by, parse_at(at)), name, alias, anyway=anyway
+    )
+    click.echo(f"models:/{name}@{alias} is version {version}: {best.run.name} ({best.run.id})")
 
 
 @cli.command("import_published")
@@ -167,54 +214,6 @@ def _import(store: Any, runs: Iterable[Any], experiment: str) -> None:
         click.echo(f"{'imported' if added else 'already there'}: {run.name} ({run_id[:8]}) in {experiment}")
 
 
-def _read(store: Any, experiment: str | None, where: str | None, by: str, at: Any) -> tuple[list[Any], list[Any], int]:
-    """Readings of the runs that can be ranked, the others with the reason, and how many points were not finite."""
-    from analysis.ranking import CURVES, direction, read, why_excluded
-
-    direction(by)  # a misspelt metric is told before anything is read
-    readings: list[Any] = []
-    excluded: list[Any] = []
-    n_not_finite = 0
-    found_runs = _with_progress(store.runs(experiment, where))
-    while runs := list(islice(found_runs, _CURVES_AT_ONCE)):
-        reasons = {run.id: why_excluded(run) for run in runs}
-        excluded += [(run, reasons[run.id]) for run in runs if reasons[run.id]]
-        good = [run for run in runs if reasons[run.id] is None]
-        curves = {}
-        if at.kind != "final":
-            curves = {metric: store.curves([run.id for run in good], metric) for metric in {*CURVES, by}}
-        for run in good:
-            own = {metric: of_runs[run.id] for metric, of_runs in curves.items()}
-            n_not_finite += sum(curve.n_not_finite for curve in own.values())
-            found = read(run, by, at, own)
-            if isinstance(found, str):
-                excluded.append((run, found))
-            else:
-                readings.append(found)
-    if not readings and not excluded:
-        raise UserError(
-            str(store),
-            "no run with a strategy tag" + (" for which --where holds" if where else ""),
-            "at least one run of this trainer",
-            "train something first: mlflow run . -e last6_lora" if not where else "loosen --where",
-        )
-    if not readings and any(reason == f"has no {by}" for _, reason in excluded):
-        raise UserError("--by", by, "a metric that these runs have", "look at the metrics of a run in the MLflow UI")
-    return readings, excluded, n_not_finite
-
-
-def _with_progress(runs: Iterable[Any]) -> Iterator[Any]:
-    """A count on the terminal while pages of a large store come in."""
-    from rich.progress import Progress, TextColumn
-
-    console = Console(stderr=True)
-    with Progress(TextColumn("{task.completed} runs"), console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        for run in runs:
-            yield run
-            progress.advance(task)
-
-
 def _console() -> Console:
     """As wide as the terminal; a file or pipe gets lines that are not broken."""
     return Console() if sys.stdout.isatty() else Console(width=200)
@@ -223,6 +222,7 @@ def _console() -> Console:
 def main() -> NoReturn:
     """Run a command; the exit status says how it ended."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for every small file says nothing
     try:
         cli(prog_name="python -m analysis", standalone_mode=False)
         sys.exit(0)

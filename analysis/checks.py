@@ -1,13 +1,9 @@
 """What a careful reader notices in a comparison: one function a check, each returns findings with their numbers."""
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from analysis.ranking import STEP, Ranking, Row, number
-from trainer import names
-
-NAN = math.nan
+from analysis.subject import MUST_AGREE, NAN, Subject, known
 
 OVERFIT_PERCENT = 1.0
 """The end is this much above the lowest eval loss, and the lowest lies in the first half: overfitting."""
@@ -28,64 +24,12 @@ class Finding:
     """What it rests on, named."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """What is known of one arm, from a report or from runs; nan, empty or None where it is not."""
-
-    name: str
-    n_seeds: int = 1
-    eval_loss: float = NAN
-    eval_loss_smoothed: float = NAN
-    train_loss: float = NAN
-    train_loss_smoothed: float = NAN
-    lowest: float = NAN
-    """Lowest eval loss of the curve, nats per supervised token."""
-    lowest_step: float = NAN
-    final_step: float = NAN
-    hours: float = NAN
-    samples: float = NAN
-    f1: float = NAN
-    vision_gain: float = NAN
-    micro_batch: float = NAN
-    accumulation: float = NAN
-    method: str = ""
-    """Of the vision part: lora, full or frozen."""
-    vit_lr: float = NAN
-    curve: Mapping[int, float] = field(default_factory=dict)
-    """Step -> eval loss, as printed."""
-    facts: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """Tags and params of its runs -> the values that occur."""
-    gate: frozenset[str] = frozenset({"passed"})
-
-    @property
-    def micro_batches(self) -> float:
-        """Micro-batches seen in all, on one rank."""
-        return self.final_step * self.accumulation
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """A comparison to be read: its arms, and what was printed about them."""
-
-    arms: Sequence[Arm]
-    """In the order of the ranking."""
-    margins: Mapping[str, float] = field(default_factory=dict)
-    """Arm -> printed margin over the winner, percent."""
-    effective_batch: tuple[float, float] | None = None
-    """Smallest and largest as printed, in packs."""
-    ranks: int = 1
-    full_fits_better: bool = False
-    """Whether it is claimed that full fine-tuning reaches lower training loss than LoRA."""
-    full_needs_accumulation: float = NAN
-    """Micro-batches a step that full fine-tuning is said to need."""
-
-
 def overfitting(subject: Subject) -> list[Finding]:
     """The lowest eval loss lies in the first half, and the end is clearly above it."""
     found = [
         arm
         for arm in subject.arms
-        if arm.lowest_step < 0.5 * arm.final_step and _end(arm) > arm.lowest * (1 + OVERFIT_PERCENT / 100)
+        if arm.lowest_step < 0.5 * arm.final_step and arm.eval_loss > arm.lowest * (1 + OVERFIT_PERCENT / 100)
     ]
     if not found:
         return []
@@ -94,24 +38,24 @@ def overfitting(subject: Subject) -> list[Finding]:
     by_lowest = [arm.name for arm in sorted(subject.arms, key=lambda arm: arm.lowest)]
     same = by_lowest == [arm.name for arm in subject.arms]
     listed = "; ".join(
-        f"{arm.name} {arm.lowest:.4f} at step {arm.lowest_step:,.0f}, {_end(arm):.4f} at the end" for arm in found
+        f"{arm.name} {arm.lowest:.4f} at step {arm.lowest_step:,.0f}, {arm.eval_loss:.4f} at the end" for arm in found
     )
     return [
         Finding(
             "overfitting",
             f"{who} overfits: the lowest eval loss comes within {100 * part:.0f} % of the steps ({listed}). Ranked by "
             f"it, the order is {'the same' if same else ', '.join(by_lowest)}.",
-            {f"{arm.name} lowest": arm.lowest for arm in found} | {f"{arm.name} end": _end(arm) for arm in found},
+            {f"{arm.name} lowest": arm.lowest for arm in found} | {f"{arm.name} end": arm.eval_loss for arm in found},
         )
     ]
 
 
 def unequal_budget(subject: Subject) -> list[Finding]:
     """Arms saw different amounts of data, whatever their steps say."""
-    seen = {arm.name: arm.samples if _known(arm.samples) else arm.micro_batches for arm in subject.arms}
+    seen = {arm.name: arm.samples if known(arm.samples) else arm.micro_batches for arm in subject.arms}
     if not _differ(seen.values()):
         return []
-    unit = "samples" if all(_known(arm.samples) for arm in subject.arms) else "micro-batches"
+    unit = "samples" if all(known(arm.samples) for arm in subject.arms) else "micro-batches"
     most = max(seen, key=seen.__getitem__)
     by_name = {arm.name: arm for arm in subject.arms}
     listed = ", ".join(f"{name} {value:,.0f}" for name, value in seen.items())
@@ -119,14 +63,14 @@ def unequal_budget(subject: Subject) -> list[Finding]:
     if by_name[most].final_step == min(arm.final_step for arm in subject.arms):
         text += f" {most} took the fewest steps ({by_name[most].final_step:,.0f}) and was further along than any other."
     hours = [arm.hours for arm in subject.arms]
-    if all(map(_known, hours)) and not _differ(hours):
+    if all(map(known, hours)) and not _differ(hours):
         text += f" All ran equally long ({min(hours):.1f} to {max(hours):.1f} hours): none was stopped early."
     return [Finding("unequal_budget", text + f" Compare at equal {unit}.", seen)]
 
 
 def accumulation(subject: Subject) -> list[Finding]:
     """A step is not the same amount of work in every arm."""
-    found = {arm.name: arm.accumulation for arm in subject.arms if _known(arm.accumulation)}
+    found = {arm.name: arm.accumulation for arm in subject.arms if known(arm.accumulation)}
     if len(set(found.values())) < 2:
         return []
     listed = ", ".join(f"{name} {value:.0f}" for name, value in found.items())
@@ -140,11 +84,11 @@ def points_after_the_end(subject: Subject) -> list[Finding]:
         Finding(
             "points_after_the_end",
             f"{arm.name} ended at step {arm.final_step:,.0f}, and values are given at "
-            f"{', '.join(f'{step:,}' for step in late)}: they cannot be measurements.",
-            {f"step {step}": arm.curve[step] for step in late},
+            f"{', '.join(f'{step:,}' for step in sorted(arm.after_the_end))}: they cannot be measurements.",
+            {f"step {step}": loss for step, loss in sorted(arm.after_the_end.items())},
         )
         for arm in subject.arms
-        if (late := sorted(step for step in arm.curve if step > arm.final_step))
+        if arm.after_the_end
     ]
 
 
@@ -152,13 +96,13 @@ def margins(subject: Subject) -> list[Finding]:
     """Printed margins are not what the printed losses give."""
     if not subject.arms:
         return []
-    winner = _end(subject.arms[0])
+    winner = subject.arms[0].ranked
     found = []
     for arm in subject.arms[1:]:
-        printed, margin = subject.margins.get(arm.name, NAN), 100 * (_end(arm) - winner) / winner
-        if _known(printed) and f"{margin:.1f}" != f"{printed:.1f}":
+        printed, margin = subject.margins.get(arm.name, NAN), 100 * (arm.ranked - winner) / winner
+        if known(printed) and f"{margin:.1f}" != f"{printed:.1f}":
             text = (
-                f"The margin of {arm.name} is {_end(arm) - winner:.4f}/{winner:.4f} = {margin:.3f} %, of the winner's "
+                f"The margin of {arm.name} is {arm.ranked - winner:.4f}/{winner:.4f} = {margin:.3f} %, of the winner's "
                 f"loss; {printed} % was printed."
             )
             found.append(Finding("margins", text, {"computed": margin, "printed": printed}))
@@ -171,7 +115,7 @@ def effective_batch(subject: Subject) -> list[Finding]:
         return []
     computed = [arm.micro_batch * arm.accumulation * subject.ranks for arm in subject.arms]
     low, high = subject.effective_batch
-    if not all(map(_known, computed)) or (min(computed), max(computed)) == (low, high):
+    if not all(map(known, computed)) or (min(computed), max(computed)) == (low, high):
         return []
     text = (
         f"The effective batch is printed as {low:.0f} to {high:.0f}; micro-batch x accumulation x ranks gives "
@@ -191,7 +135,7 @@ def one_seed(subject: Subject) -> list[Finding]:
 
 def best_fit_disagrees(subject: Subject) -> list[Finding]:
     """Raw and smoothed train loss name different arms as the best fit."""
-    arms = [arm for arm in subject.arms if _known(arm.train_loss) and _known(arm.train_loss_smoothed)]
+    arms = [arm for arm in subject.arms if known(arm.train_loss) and known(arm.train_loss_smoothed)]
     if len(arms) < 2:
         return []
     raw = min(arms, key=lambda arm: arm.train_loss)
@@ -241,19 +185,10 @@ def full_needs_accumulation(subject: Subject) -> list[Finding]:
     ]
 
 
-_MUST_AGREE = {
-    names.TAG_BASE_DIGEST: "base weights",
-    names.TAG_TRAIN_DIGEST: "training data",
-    names.TAG_VAL_DIGEST: "validation data",
-    names.TAG_CODE_VERSION: "code",
-    **{names.DTYPE + part: f"number format of what trains of the {part}" for part in names.PARTS},
-}
-
-
 def not_alike(subject: Subject) -> list[Finding]:
     """Runs of different base weights, data, code or number formats in one ranking."""
     findings = []
-    for key, what in _MUST_AGREE.items():
+    for key, what in MUST_AGREE.items():
         values = {value: [arm.name for arm in subject.arms if value in arm.facts.get(key, ())]
                   for arm in subject.arms for value in arm.facts.get(key, ())}  # fmt: skip
         if len(values) > 1:
@@ -263,12 +198,18 @@ def not_alike(subject: Subject) -> list[Finding]:
 
 
 def rates_not_tuned(subject: Subject) -> list[Finding]:
-    """Arms have learning rates of their own, each set by hand and tried once."""
-    rates = {arm.name: arm.vit_lr for arm in subject.arms if _known(arm.vit_lr) and arm.method in ("lora", "full")}
-    if len(set(rates.values())) < 2 or len(set(rates.values())) < len(rates):
+    """Kinds of arms have vision learning rates of their own that were not tried equally often."""
+    tries: dict[tuple[str, str, str], dict[str, float]] = {}
+    for arm in subject.arms:
+        if known(arm.vit_lr) and arm.method in ("lora", "full"):
+            tries.setdefault((arm.blocks, arm.method, arm.rank), {})[arm.name] = arm.vit_lr
+    counts = {len({*of_kind.values()}) for of_kind in tries.values()}
+    rates = {name: rate for of_kind in tries.values() for name, rate in of_kind.items()}
+    if len({*rates.values()}) < 2 or (len(counts) == 1 and min(counts) > 1):
         return []
     listed = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
-    text = f"Each arm has its own vision learning rate ({listed}), tried once: an arm may win by its rate."
+    often = "tried once" if counts == {1} else f"tried {min(counts)} to {max(counts)} times"
+    text = f"Vision learning rates were not tuned equally ({listed}; {often} each): an arm may win by its rate."
     return [Finding("rates_not_tuned", text, rates)]
 
 
@@ -281,7 +222,7 @@ def gates(subject: Subject) -> list[Finding]:
 
 def f1_disagrees(subject: Subject) -> list[Finding]:
     """Eval loss and F1 order the arms differently."""
-    arms = [arm for arm in subject.arms if _known(arm.f1) and _known(arm.eval_loss)]
+    arms = [arm for arm in subject.arms if known(arm.f1) and known(arm.eval_loss)]
     by_loss = [arm.name for arm in sorted(arms, key=lambda arm: arm.eval_loss)]
     by_f1 = [arm.name for arm in sorted(arms, key=lambda arm: -arm.f1)]
     if by_loss == by_f1:
@@ -299,12 +240,37 @@ def does_not_look(subject: Subject) -> list[Finding]:
     return [Finding("does_not_look", text, found)] if found else []
 
 
+def rate_at_the_edge(subject: Subject) -> list[Finding]:
+    """The winner has the lowest or the highest of the vision learning rates that were tried for its kind of arm."""
+    if not subject.arms:
+        return []
+    winner = subject.arms[0]
+    alike = [a for a in subject.arms if (a.blocks, a.method, a.rank) == (winner.blocks, winner.method, winner.rank)]
+    rates = sorted({arm.vit_lr for arm in alike if known(arm.vit_lr)})
+    if len(rates) < 2 or rates[0] < winner.vit_lr < rates[-1]:
+        return []
+    side = "lowest" if winner.vit_lr == rates[0] else "highest"
+    text = (
+        f"{winner.name} has the {side} vision learning rate tried for it ({winner.vit_lr:g} of "
+        f"{', '.join(f'{rate:g}' for rate in rates)}): a better one may lie beyond."
+    )
+    return [Finding("rate_at_the_edge", text, {"rate": winner.vit_lr, "lowest": rates[0], "highest": rates[-1]})]
+
+
+def gap_under_augmentation(subject: Subject) -> list[Finding]:
+    """Train loss was measured on augmented images and eval loss was not: their difference is no memorization."""
+    found = {arm.name: arm.gap for arm in subject.arms if arm.augmented and known(arm.gap)}
+    listed = ", ".join(f"{name} {gap:.4f}" for name, gap in found.items())
+    text = f"Trained on augmented images: the gap ({listed}) mixes memorization with harder images; read the clean gap."
+    return [Finding("gap_under_augmentation", text, found)] if found else []
+
+
 CHECKS: dict[str, Callable[[Subject], list[Finding]]] = {
     check.__name__: check
     for check in (
         one_seed, overfitting, unequal_budget, accumulation, points_after_the_end, margins, effective_batch,
         best_fit_disagrees, full_fits_better, full_needs_accumulation, not_alike, rates_not_tuned, gates, f1_disagrees,
-        does_not_look,
+        does_not_look, rate_at_the_edge, gap_under_augmentation,
     )
 }  # fmt: skip
 
@@ -314,51 +280,6 @@ def careful_reading(subject: Subject) -> list[Finding]:
     return [finding for check in CHECKS.values() for finding in check(subject)]
 
 
-def subject_of(ranking: Ranking) -> Subject:
-    """What a ranking of runs says, as the checks read it."""
-    return Subject([_arm(row) for row in ranking.rows])
-
-
-def _arm(row: Row) -> Arm:
-    def mean(key: str) -> float:
-        return row.estimates[key].mean
-
-    runs = [reading.run for reading in row.readings]
-    facts = {
-        key: frozenset(v for run in runs if (v := run.tags.get(key) or run.params.get(key))) for key in _MUST_AGREE
-    }
-
-    return Arm(
-        name=row.label,
-        n_seeds=len(runs),
-        eval_loss=mean(names.EVAL_LOSS),
-        train_loss=mean(names.TRAIN_LOSS),
-        train_loss_smoothed=mean(names.TRAIN_LOSS_SMOOTHED),
-        lowest=mean(names.BEST_LOSS),
-        lowest_step=mean(names.BEST_STEP),
-        final_step=mean(STEP),
-        hours=mean(names.TRAIN_SECONDS) / 3600,
-        samples=mean(names.SAMPLES_SEEN),
-        f1=mean(names.F1),
-        vision_gain=mean(names.VISION_GAIN),
-        micro_batch=number(runs[0].params.get("training.per_device_train_batch_size")),
-        accumulation=number(runs[0].params.get("training.gradient_accumulation_steps")),
-        method=runs[0].params.get("strategy.vision.method", ""),
-        vit_lr=number(runs[0].params.get("training.vit_lr")),
-        facts=facts,
-        gate=frozenset(run.tags.get(names.TAG_GATE, "") for run in runs),
-    )
-
-
-def _end(arm: Arm) -> float:
-    """The loss that a ranking is by: smoothed where it is known, as it was published."""
-    return arm.eval_loss_smoothed if _known(arm.eval_loss_smoothed) else arm.eval_loss
-
-
-def _known(value: float) -> bool:
-    return not math.isnan(value)
-
-
 def _differ(values: Iterable[float]) -> bool:
-    known = list(values)
-    return bool(known) and all(map(_known, known)) and max(known) > BUDGET_RATIO * min(known)
+    all_of_them = list(values)
+    return bool(all_of_them) and all(map(known, all_of_them)) and max(all_of_them) > BUDGET_RATIO * min(all_of_them)

@@ -1,6 +1,6 @@
 """Figures of a comparison, as PNG and SVG: the only module here that draws."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,32 +10,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.comparison import AXES, CURVE_FIGURES, Comparison, along
 from analysis.curves import Curve, Floats
+from analysis.effects import BLOCKS, METHOD, METHODS, domain_values, n_blocks
 from analysis.ranking import TRAINABLE, Ranking, Row
+from analysis.settings import number
 from analysis.statistics import Estimate
 from trainer import names
 
-AXES: dict[str, tuple[str | None, float, str]] = {
-    "steps": (None, 1, "optimizer steps"),
-    "samples": (names.SAMPLES_SEEN, 1, "samples seen"),
-    "tokens": (names.TOKENS_SEEN, 1e-3, "thousand tokens seen"),
-    "epochs": (names.EPOCH, 1, "epochs"),
-    "hours": (names.TRAIN_SECONDS, 1 / 3600, "hours of training"),
-}
-"""What can be drawn along x: metric that counts it, scale, label."""
-
-CURVE_FIGURES = {
-    "eval_loss": (names.EVAL_LOSS, "eval loss, nats per supervised token"),
-    "train_loss": (names.TRAIN_LOSS, "train loss, nats per supervised token"),
-    "gap": (names.GAP, "gap, nats per supervised token"),
-    "learning_rate": (names.LEARNING_RATE + "vision", "learning rate of the vision part"),
-}
-"""File -> metric, label."""
-
-CURVES_NEEDED = (
-    *(metric for metric, _ in CURVE_FIGURES.values()),
-    *(metric for metric, _, _ in AXES.values() if metric),
-)
+_VIT_LR, _RANK = "training.vit_lr", "tuner.lora_rank"
 
 COSTS = {
     TRAINABLE: ("trainable parameters, M", 1e-6),
@@ -66,33 +49,12 @@ class Look:
     marker: str
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """A ranking with the curves and losses that are drawn."""
-
-    ranking: Ranking
-    curves: Mapping[str, Mapping[str, Curve]]
-    """Run id -> metric -> curve."""
-    domains: Mapping[str, Mapping[str, float]]
-    """Arm -> domain -> mean eval loss over seeds."""
-
-
 def looks(labels: Sequence[str]) -> dict[str, Look]:
     """A look for each arm, by the alphabet: the same in every figure, whoever wins."""
     return {
         label: Look(_COLOURS[i % len(_COLOURS)], _LINES[i % len(_LINES)], _MARKERS[i % len(_MARKERS)])
         for i, label in enumerate(sorted(labels))
     }
-
-
-def default_axis(ranking: Ranking) -> str:
-    """Samples where arms take different numbers of them in a step, so that equal steps are not equal work."""
-    ratios = {
-        round(estimate.mean / steps.mean, 1)
-        for row in ranking.rows
-        if (estimate := row.estimates[names.SAMPLES_SEEN]).n and (steps := row.estimates["step"]).mean
-    }
-    return "samples" if len(ratios) > 1 and max(ratios) > 1.1 * min(ratios) else "steps"
 
 
 def draw(comparison: Comparison, folder: Path, axis: str) -> list[Path]:
@@ -109,11 +71,13 @@ def draw(comparison: Comparison, folder: Path, axis: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(_STYLE):
         figures: dict[str, Figure | None] = {
-            name: curve_figure(comparison, metric, label, axis) for name, (metric, label) in CURVE_FIGURES.items()
+            name: curve_figure(comparison, comparison.loss if name == "eval_loss" else metric, label, axis)
+            for name, (metric, label) in CURVE_FIGURES.items()
         }
         figures["gap_bars"] = gap_bars(comparison.ranking)
         figures["costs"] = costs(comparison.ranking)
-        figures["domains"] = domain_map(comparison)
+        figures |= {name: sweep(comparison.ranking, name) for name in SWEEPS}
+        figures["domains"] = domain_map(comparison.ranking)
         drawn = {name: figure for name, figure in figures.items() if figure is not None}
         for name, figure in drawn.items():
             figure.savefig(folder / f"{name}.png", dpi=200)
@@ -150,24 +114,13 @@ def _draw_arm(plot: Axes, comparison: Comparison, row: Row, look: Look, metric: 
     smooth = metric == names.TRAIN_LOSS  # many noisy rows; an evaluation is over the whole set and is drawn as it is
     for x, y in lines:
         plot.plot(x, y, color=look.colour, linewidth=0.6, alpha=0.35)
-        if metric == names.EVAL_LOSS:
+        if metric in (names.EVAL_LOSS, names.EVAL_LOSS_SMOOTHED):
             best = int(np.argmin(y))
             plot.plot(x[best], y[best], look.marker, color=look.colour, markersize=5, markerfacecolor="white", zorder=4)
     grid, low, mean, high = over_seeds(lines, smooth=smooth)
     plot.fill_between(grid, low, high, color=look.colour, alpha=0.15, linewidth=0)
     plot.plot(grid, mean, color=look.colour, linestyle=look.line, linewidth=1.6, label=row.label, zorder=3)
     return True
-
-
-def along(curve: Curve, curves: Mapping[str, Curve], axis: str) -> Floats:
-    """Where a curve's points lie on an axis: (n,), nan where the counter was not logged."""
-    counter, scale, _ = AXES[axis]
-    if counter is None:
-        return curve.steps.astype(np.float64)
-    counted = curves[counter]
-    if not len(counted):
-        return np.full(len(curve), np.nan)
-    return np.asarray(np.interp(curve.steps, counted.steps, counted.values, left=np.nan, right=np.nan) * scale)
 
 
 def over_seeds(lines: Sequence[tuple[Floats, Floats]], *, smooth: bool) -> tuple[Floats, Floats, Floats, Floats]:
@@ -257,14 +210,15 @@ def pareto(points: Sequence[tuple[float, float]], *, lower: bool) -> list[tuple[
     return front
 
 
-def domain_map(comparison: Comparison) -> Figure | None:
-    """Eval loss by arm and domain, the lowest of each domain in bold."""
-    domains = sorted({domain for of_arm in comparison.domains.values() for domain in of_arm})
-    labels = [row.label for row in comparison.ranking.rows if comparison.domains.get(row.label)]
-    if len(domains) < 2 or not labels:
+def domain_map(ranking: Ranking) -> Figure | None:
+    """Eval loss by arm and domain at the end of runs, mean over seeds, the lowest of each domain in bold."""
+    found = domain_values(ranking)
+    domains = sorted({domain for of_arm in found.values() for domain in of_arm})
+    if len(domains) < 2:
         return None
-    values = np.array([[comparison.domains[label].get(domain, np.nan) for domain in domains] for label in labels])
-    figure = Figure(figsize=(1.6 + 0.9 * len(domains), 1.1 + 0.38 * len(labels)), layout="constrained")
+    empty: dict[str, float] = {}
+    values = np.array([[_mean([*of_arm.get(d, empty).values()]) for d in domains] for of_arm in found.values()])
+    figure = Figure(figsize=(1.6 + 0.9 * len(domains), 1.1 + 0.38 * len(found)), layout="constrained")
     plot = figure.subplots()
     shifts = values - np.nanmin(values, axis=0)  # from the best of the domain: domains differ more than arms do
     image = plot.imshow(shifts, cmap="cividis_r", aspect="auto")
@@ -275,10 +229,56 @@ def domain_map(comparison: Comparison) -> Figure | None:
             fontweight="bold" if shifts[i, j] == 0 else "normal",
         )  # fmt: skip
     plot.set_xticks(range(len(domains)), domains)
-    plot.set_yticks(range(len(labels)), labels)
+    plot.set_yticks(range(len(found)), [*found])
     plot.grid(visible=False)
     figure.colorbar(image, ax=plot, label="above the domain's best", shrink=0.9)
     return figure
+
+
+SWEEPS: dict[str, tuple[str, Callable[[Row], float], tuple[str, ...]]] = {
+    "blocks": ("trained vision blocks", n_blocks, (METHOD,)),
+    "vit_lr": ("learning rate of the vision part", lambda row: _param(row, "training.vit_lr"), (BLOCKS, METHOD, _RANK)),
+    "rank": ("LoRA rank", lambda row: _param(row, _RANK), (BLOCKS, METHOD, _VIT_LR)),
+}
+"""Figure -> label of x, x of an arm, params that arms on one line share."""
+
+
+def sweep(ranking: Ranking, name: str) -> Figure | None:
+    """The ranked metric against one setting: a line for arms that share the others, with 95 % intervals over seeds."""
+    label, place, shared = SWEEPS[name]
+    lines: dict[tuple[str, ...], list[tuple[float, Row]]] = {}
+    for row in ranking.rows:
+        params = row.readings[0].run.params
+        if params.get(METHOD) in METHODS and row.estimates[ranking.by].n and not np.isnan(place(row)):
+            lines.setdefault(tuple(params.get(key, "") for key in shared), []).append((place(row), row))
+    lines = {key: sorted(points, key=lambda p: p[0]) for key, points in lines.items()}
+    lines = {key: points for key, points in lines.items() if len({x for x, _ in points}) > 1}
+    if not lines:
+        return None
+    figure, plot = _one()
+    told = {", ".join(key): points for key, points in lines.items()}
+    styles = looks([*told])
+    for text, points in told.items():
+        look = styles[text]
+        found = [row.estimates[ranking.by] for _, row in points]
+        errors = [0.0 if (error := _error(one)) is None else error for one in found]
+        plot.errorbar(
+            [x for x, _ in points], [one.mean for one in found], yerr=errors, label=text, color=look.colour,
+            linestyle=look.line, marker=look.marker, capsize=2.5, linewidth=1.2,
+        )  # fmt: skip
+    if name != "blocks":
+        plot.set_xscale("log")
+    plot.set(xlabel=label, ylabel=ranking.by)
+    _legend(figure, plot)
+    return figure
+
+
+def _param(row: Row, key: str) -> float:
+    return number(row.readings[0].run.params.get(key))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
 
 
 def _one() -> tuple[Figure, Axes]:

@@ -1,5 +1,6 @@
 """Results that others have published, from YAML to runs in MLflow: tagged as theirs, and as not measured by us."""
 
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -7,7 +8,6 @@ from typing import Any
 
 import yaml
 
-from analysis.checks import Arm, Subject
 from analysis.store import Imported
 from trainer import names
 from trainer.config.places import experiments_dir
@@ -33,47 +33,6 @@ def published_runs(path: Path) -> list[Imported]:
     """
     tree = _tree(path)
     return [_imported(tree, arm, run) for arm, run in tree["runs"].items()]
-
-
-def published_subject(path: Path) -> Subject:
-    """A published comparison as the checks read it: with what was printed about it, right or wrong.
-
-    Raises:
-        UserError: the file is not there or not such a file.
-    """
-    tree = _tree(path)
-    printed, common = tree["printed"], tree["common"]
-    low, high = printed["effective_batch"]
-    return Subject(
-        arms=[_arm(arm, run, common) for arm, run in tree["runs"].items()],
-        margins=printed["margins"],
-        effective_batch=(low, high),
-        ranks=printed["ranks"],
-        full_fits_better=printed["full_fits_better"],
-        full_needs_accumulation=printed["full_needs_accumulation"],
-    )
-
-
-def _arm(name: str, run: Mapping[str, Any], common: Mapping[str, Any]) -> Arm:
-    measured = {step: loss for step, loss in run["eval_curve"].items() if step <= run["final_step"]}
-    lowest = min(measured, key=measured.__getitem__)
-    return Arm(
-        name=name,
-        eval_loss=run["eval_loss"]["raw"],
-        eval_loss_smoothed=run["eval_loss"]["smoothed"],
-        train_loss=run["train_loss"]["raw"],
-        train_loss_smoothed=run["train_loss"]["smoothed"],
-        lowest=measured[lowest],
-        lowest_step=lowest,
-        final_step=run["final_step"],
-        hours=24 * run["days"],
-        micro_batch=common["training.per_device_train_batch_size"],
-        accumulation=run["params"]["training.gradient_accumulation_steps"],
-        method=run["params"]["strategy.vision.method"],
-        vit_lr=run["params"]["training.vit_lr"],
-        curve=run["eval_curve"],
-        gate=frozenset(),
-    )
 
 
 def _tree(path: Path) -> Any:
@@ -103,7 +62,10 @@ def _imported(tree: Mapping[str, Any], arm: str, run: Mapping[str, Any]) -> Impo
     beyond = sorted(run["eval_curve"].keys() - curve.keys())
     evaluation, training = run["eval_loss"], run["train_loss"]
     rows = [row(names.EVAL_LOSS_SMOOTHED, step, value) for step, value in sorted(curve.items())]
+    lowest = min(curve, key=curve.__getitem__)
     rows += [
+        row(names.BEST_LOSS, run["final_step"], curve[lowest]),
+        row(names.BEST_STEP, run["final_step"], lowest),
         row(names.EVAL_LOSS_SMOOTHED, evaluation["step"], evaluation["smoothed"]),
         row(names.EVAL_LOSS, evaluation["step"], evaluation["raw"]),
         row(names.TRAIN_LOSS_SMOOTHED, training["step"], training["smoothed"]),
@@ -111,6 +73,12 @@ def _imported(tree: Mapping[str, Any], arm: str, run: Mapping[str, Any]) -> Impo
         row(names.GAP, run["final_step"], run["generalization_gap"]),
         row(names.TRAIN_SECONDS, run["final_step"], run["days"] * _DAY_SECONDS),
     ]
+    claims = {key: value for key, value in tree["printed"].items() if key != "margins"}
+    printed = {
+        "margin": tree["printed"]["margins"].get(arm),
+        "after_the_end": {step: run["eval_curve"][step] for step in beyond},
+        "claims": claims,
+    }
     note = f"Published as `{tree['comparison']}` on {tree['date']}; not measured by this project."
     if beyond:
         note += (
@@ -121,7 +89,7 @@ def _imported(tree: Mapping[str, Any], arm: str, run: Mapping[str, Any]) -> Impo
         key=f"{tree['comparison']}/{arm}",
         name=f"{arm} (published)",
         note=note,
-        tags={names.TAG_STRATEGY: arm, names.TAG_SOURCE: SOURCE},
+        tags={names.TAG_STRATEGY: arm, names.TAG_SOURCE: SOURCE, names.TAG_PRINTED: json.dumps(printed)},
         params={key: str(value) for key, value in {**tree["common"], **run["params"]}.items()},
         rows=rows,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.curves import Curve
+from analysis.settings import differing, number, same
 from analysis.statistics import Difference, Estimate, all_differences, estimate
 from analysis.store import Run
 from trainer import names
@@ -61,11 +62,6 @@ CURVES = (
     *(c.key for c in COLUMNS if c.key in names.METRICS and c.key not in (names.PEAK_MEMORY, names.CHECKPOINT_BYTES)),
 )
 """Metrics whose value depends on when in a run they are read."""
-
-_NOT_CONFIGURATION = (
-    "training.seed", "training.run_name", "training.output_dir", "tracking.", "launch.", "data.dataloader_num_workers",
-)  # fmt: skip
-"""Params that may differ between runs of one arm without making two arms of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,18 +258,35 @@ def direction(metric: str) -> str:
     return better
 
 
+_TOLD_SETTINGS = 3
+"""So many settings stand in an arm's name; what else differs is counted there and told in the report."""
+
+
 def arms(readings: Iterable[Reading]) -> dict[str, list[Reading]]:
-    """Runs by strategy; where runs of one strategy were configured differently, by what differs as well."""
+    """Runs by strategy and source; where those were configured differently, by what differs as well."""
     by_strategy: dict[str, list[Reading]] = {}
     for reading in readings:
-        by_strategy.setdefault(reading.run.strategy, []).append(reading)
+        source = reading.run.tags.get(names.TAG_SOURCE)
+        by_strategy.setdefault(reading.run.strategy + (f" ({source})" if source else ""), []).append(reading)
     groups: dict[str, list[Reading]] = {}
     for strategy, members in by_strategy.items():
-        differing = differing_params([member.run for member in members])
+        keys = differing([member.run for member in members])
+        alike: dict[tuple[str | None, ...], list[Reading]] = {}
         for member in members:
-            told = ", ".join(f"{key.rpartition('.')[2]} {member.run.params.get(key, '-')}" for key in differing)
-            groups.setdefault(f"{strategy} ({told})" if told else strategy, []).append(member)
+            alike.setdefault(tuple(same(member.run.params.get(key)) for key in keys), []).append(member)
+        for of_arm in alike.values():
+            label = _label(strategy, keys, of_arm[0].run)
+            twins = sum(name == label or name.startswith(f"{label} #") for name in groups)
+            groups[f"{label} #{twins + 1}" if twins else label] = of_arm
     return groups
+
+
+def _label(strategy: str, keys: Sequence[str], run: Run) -> str:
+    """`last6_lora (lora_rank 8, vit_lr 0.0002)`."""
+    told = [f"{key.rpartition('.')[2]} {run.params.get(key, '-')[:40]}" for key in keys[:_TOLD_SETTINGS]]
+    if len(keys) > _TOLD_SETTINGS:
+        told.append(f"{len(keys) - _TOLD_SETTINGS} more")
+    return f"{strategy} ({', '.join(told)})" if told else strategy
 
 
 def without_repeats(groups: Mapping[str, list[Reading]]) -> tuple[dict[str, list[Reading]], list[tuple[Run, str]]]:
@@ -289,33 +302,6 @@ def without_repeats(groups: Mapping[str, list[Reading]]) -> tuple[dict[str, list
                 newest[reading.block] = reading
         kept[label] = list(newest.values())
     return kept, repeats
-
-
-def differing_params(runs: Sequence[Run]) -> list[str]:
-    """Params in which runs differ, those apart that do not make another arm (seed, folders, tracking)."""
-    keys = sorted({key for run in runs for key in run.params if not key.startswith(_NOT_CONFIGURATION)})
-    return [key for key in keys if len({run.params.get(key) for run in runs}) > 1]
-
-
-def domain_losses(ranking: Ranking) -> dict[str, dict[str, float]]:
-    """Arm -> domain -> eval loss at the end of its runs, mean over seeds, nats per supervised token."""
-    losses: dict[str, dict[str, float]] = {}
-    for row in ranking.rows:
-        found: dict[str, list[float]] = {}
-        for reading in row.readings:
-            for name, value in reading.run.metrics.items():
-                if name.startswith(names.EVAL_LOSS_BY_DOMAIN):
-                    found.setdefault(name.removeprefix(names.EVAL_LOSS_BY_DOMAIN), []).append(value)
-        losses[row.label] = {domain: estimate(values).mean for domain, values in found.items()}
-    return losses
-
-
-def number(text: str | None) -> float:
-    """A param as a number; nan where it is none."""
-    try:
-        return float(text) if text is not None else NAN
-    except ValueError:
-        return NAN
 
 
 def verdict(ranking: Ranking) -> list[str]:

@@ -17,6 +17,8 @@ from scipy import stats
 CONFIDENCE = 0.95
 FAMILY_ERROR = 0.05
 """Accepted probability that a verdict calls any two equal strategies different."""
+ALL_PAIRS = 40
+"""Up to so many strategies every pair is compared: 780 pairs take a second."""
 
 NAN = math.nan
 
@@ -107,11 +109,85 @@ def all_differences(values: Mapping[str, Mapping[str, float]]) -> list[Differenc
     """Every pair of strategies, in the mapping's order, with p values adjusted by Holm over all that could be tested.
 
     All pairs, and not only those with the winner: who wins is read from the same numbers, so that testing the winner
-    against the rest alone would call chance a difference more often than `FAMILY_ERROR`.
+    against the rest alone would call chance a difference more often than `FAMILY_ERROR`. Of more than `ALL_PAIRS`
+    strategies only the pairs with the first are looked at, and p is multiplied by the number of all pairs (Bonferroni),
+    which can only be more careful.
+
+    Args:
+        values: strategy -> block -> value, the best first.
     """
+    if len(values) > ALL_PAIRS:
+        first, *others = values
+        among_all = math.comb(len(values), 2)
+        few = [difference(first, other, values) for other in others]
+        return [replace(pair, p_adjusted=min(1.0, among_all * pair.p)) for pair in few]
     pairs = [difference(a, b, values) for a, b in itertools.combinations(values, 2)]
     adjusted = holm([pair.p for pair in pairs])
     return [replace(pair, p_adjusted=p) for pair, p in zip(pairs, adjusted, strict=True)]
+
+
+def contrast(
+    weights: Mapping[str, float], values: Mapping[str, Mapping[str, float]], confidence: float = CONFIDENCE
+) -> Estimate:
+    """A weighted sum of strategies, such as an effect in a factorial design, over the blocks that all of them have.
+
+    Args:
+        weights: strategy -> weight; for an effect they sum to 0.
+        values: strategy -> block -> value, as for `difference`.
+        confidence: of the interval.
+
+    Returns:
+        In the unit of the values. Where fewer than two blocks are shared, the sum of the means without an interval.
+    """
+    known = {name: _finite(values[name]) for name in weights}
+    shared = sorted(set.intersection(*({*of} for of in known.values())))
+    if len(shared) >= 2:
+        return estimate([sum(w * known[name][block] for name, w in weights.items()) for block in shared], confidence)
+    means = [w * float(np.mean([*known[name].values()])) if known[name] else NAN for name, w in weights.items()]
+    return Estimate(sum(means), NAN, NAN, min(len(of) for of in known.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Interaction:
+    """Whether the differences between strategies are the same in every domain."""
+
+    f: float
+    p: float
+    """nan where there are too few seeds to test."""
+    freedom: tuple[int, int]
+    """Degrees of freedom of the F test: interaction, error."""
+    size: float
+    """Root mean square of what strategy and domain together add, in the unit of the values."""
+
+
+def interaction(values: ArrayLike) -> Interaction:
+    """Interaction of two factors, each seed having been measured in all their cells (repeated measures).
+
+    The error term is the interaction's own variation over seeds: F = MS(ab) / MS(abs), with (a-1)(b-1) and
+    (a-1)(b-1)(s-1) degrees of freedom (Winer 1971, chapter 4). It takes the cells' differences to vary alike over seeds
+    (sphericity), which so few seeds cannot prove.
+
+    Args:
+        values: (seeds, strategies, domains), all finite, at least two strategies and two domains.
+    """
+    y = np.asarray(values, dtype=np.float64)
+    seeds, a, b = y.shape
+    cells = y.mean(axis=0)
+    both = cells - cells.mean(axis=0) - cells.mean(axis=1, keepdims=True) + cells.mean()
+    deviations = y - cells  # of each seed from the cells; what is left without its own two margins is the error
+    error = (
+        deviations
+        - deviations.mean(axis=1, keepdims=True)
+        - deviations.mean(axis=2, keepdims=True)
+        + deviations.mean(axis=(1, 2), keepdims=True)
+    )
+    freedom = (a - 1) * (b - 1), (a - 1) * (b - 1) * (seeds - 1)
+    size = float(np.sqrt((both**2).mean()))
+    noise = float((error**2).sum())
+    if seeds < 2 or noise == 0:
+        return Interaction(NAN, NAN, freedom, size)
+    f = seeds * float((both**2).sum()) / freedom[0] / (noise / freedom[1])
+    return Interaction(f, float(stats.f.sf(f, *freedom)), freedom, size)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

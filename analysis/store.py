@@ -1,15 +1,22 @@
-"""The one door to MLflow here: runs and whole curves in, imported runs out."""
+"""The one door to MLflow here: runs, whole curves and artifacts in; imported runs, reports and champions out."""
 
+import hashlib
+import io
 import json
+import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, ViewType
 from mlflow.entities import Run as MlflowRun
-from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from mlflow.utils.rest_utils import http_request_safe
 
 from analysis.curves import Curve, last_write_wins
@@ -24,6 +31,9 @@ BULK_ROWS = 25_000
 """MLflow's server cuts a bulk answer here, and says nothing."""
 BULK_RUNS = 100
 """More runs of one bulk request the server refuses."""
+
+_CHECKPOINT = "champion"
+"""Artifact folder of a promoted checkpoint."""
 
 _BULK_ROUTE = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
 _QUOTED = re.compile(r"""('[^']*'|"[^"]*"|`[^`]*`)""")
@@ -171,6 +181,20 @@ class Store:
                     wanted = wanted[wanted.index(cut) :]
         return {run_id: last_write_wins(run_rows) for run_id, run_rows in rows.items()}
 
+    def record_losses(self, run_id: str) -> pd.DataFrame | None:
+        """Per-record losses of the best and the last evaluation, or None where the run has none.
+
+        Returns:
+            Columns at, step, set, record_id, domain, loss_sum (nats), tokens (supervised).
+        """
+        data = self._artifact(run_id, names.ARTIFACT_RECORD_LOSSES)
+        return None if data is None else pd.read_parquet(io.BytesIO(data))
+
+    def artifact_json(self, run_id: str, name: str) -> Any:
+        """A JSON artifact, or None where the run has none."""
+        data = self._artifact(run_id, name)
+        return None if data is None else json.loads(data)
+
     def import_run(self, imported: Imported, experiment: str) -> tuple[str, bool]:
         """Write a run that was trained elsewhere; what an earlier import has written is not there twice afterwards.
 
@@ -208,6 +232,84 @@ class Store:
             self._client.set_terminated(run_id, end_time=max(times))
             self._client.set_tag(run_id, names.TAG_IMPORTED_ROWS, str(len(rows)))  # last: it says that all are there
         return run_id, True
+
+    def comparison_run(self, runs: Sequence[Run]) -> str:
+        """The run that stands for a comparison: the parent of all these runs, or one that is made to hold its report.
+
+        Under `mlflow run` that is the run which MLflow has made already. The same runs find the same one again. It
+        carries no `strategy` tag, so that no ranking takes it.
+
+        Args:
+            runs: at least one.
+        """
+        parents = {run.tags.get(MLFLOW_PARENT_RUN_ID) for run in runs}
+        if len(parents) == 1 and (parent := parents.pop()):
+            return parent
+        key = hashlib.sha256(" ".join(sorted(run.id for run in runs)).encode()).hexdigest()[:32]
+        experiment_id = runs[0].experiment_id
+        with told(self.uri):
+            if own := os.environ.get("MLFLOW_RUN_ID"):
+                self._client.set_tag(own, names.TAG_COMPARISON, key)
+                return own
+            found = self._client.search_runs([experiment_id], f"tags.`{names.TAG_COMPARISON}` = '{key}'")
+            if found:
+                return str(found[0].info.run_id)
+            arms = sorted({run.strategy for run in runs})
+            tags = {names.TAG_COMPARISON: key, MLFLOW_RUN_NAME: "comparison of " + ", ".join(arms)[:200]}
+            made: str = self._client.create_run(experiment_id, tags=tags).info.run_id
+            self._client.set_terminated(made)
+        return made
+
+    def log_folder(self, run_id: str, folder: Path, path: str) -> None:
+        """Store a folder's files as artifacts of a run, below `path`."""
+        with told(self.uri):
+            self._client.log_artifacts(run_id, str(folder), path)
+
+    def describe(self, run_id: str, markdown: str) -> None:
+        """Set a run's description, which the MLflow UI renders."""
+        with told(self.uri):
+            self._client.set_tag(run_id, MLFLOW_RUN_NOTE, markdown)
+
+    def promote(self, run_id: str, checkpoint: Path, model: str, alias: str, tags: Mapping[str, str]) -> str:
+        """Make a checkpoint a version of a registered model, and point an alias at it.
+
+        The files become artifacts of the run first, so that the version can be had wherever the store can. A second
+        promotion of the same files finds the version again.
+
+        Args:
+            run_id: the run that the checkpoint is of.
+            checkpoint: its folder.
+            model: name in the Model Registry; made where there is none.
+            alias: of the version from now on.
+            tags: of the version; must hold `names.TAG_CHECKPOINT_DIGEST`.
+
+        Returns:
+            The version.
+        """
+        with told(self.uri):
+            try:
+                self._client.create_registered_model(model)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            digest = tags[names.TAG_CHECKPOINT_DIGEST]
+            for version in self._client.search_model_versions(f"name = '{model}'"):
+                if version.run_id == run_id and version.tags.get(names.TAG_CHECKPOINT_DIGEST) == digest:
+                    break
+            else:
+                self._client.log_artifacts(run_id, str(checkpoint), _CHECKPOINT)
+                source = f"{self._client.get_run(run_id).info.artifact_uri}/{_CHECKPOINT}"
+                version = self._client.create_model_version(model, source, run_id, dict(tags))
+            for key, value in tags.items():
+                self._client.set_model_version_tag(model, version.version, key, value)
+            self._client.set_registered_model_alias(model, alias, version.version)
+        return str(version.version)
+
+    def _artifact(self, run_id: str, name: str) -> bytes | None:
+        with told(self.uri), tempfile.TemporaryDirectory() as folder:
+            if name not in {item.path for item in self._client.list_artifacts(run_id)}:
+                return None
+            return Path(self._client.download_artifacts(run_id, name, folder)).read_bytes()
 
     def _experiment_ids(self, name: str | None) -> list[str]:
         with told(self.uri):

@@ -12,9 +12,11 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from analysis.checks import careful_reading, subject_of
+from analysis.checks import careful_reading
+from analysis.page import plain, table
 from analysis.ranking import COLUMNS, COST, LEARNED, LOSS, Column, Ranking, Row, verdict
 from analysis.statistics import Estimate
+from analysis.subject import subject_of
 
 NOTE = "Means over seeds ± half the 95 % interval (Student's t over seeds); where there is one seed, no interval."
 
@@ -44,29 +46,31 @@ def render(ranking: Ranking, console: Console) -> None:
         columns = [column for column in columns_of(ranking) if column.group == group]
         if not columns or not ranking.rows:
             continue
-        table = Table(box=box.SIMPLE_HEAD, title=group, title_justify="left", pad_edge=False)
-        table.add_column("")
+        grid = Table(box=box.SIMPLE_HEAD, title=group, title_justify="left", pad_edge=False)
+        grid.add_column("")
         if group == LOSS:
-            table.add_column("n", justify="right")
-            table.add_column("margin", justify="right")
+            grid.add_column("n", justify="right")
+            grid.add_column("margin", justify="right")
         for column in columns:
-            table.add_column(column.header, justify="right")
+            grid.add_column(column.header, justify="right")
         for row in ranking.rows:
-            head = [str(row.estimates[ranking.by].n), _margin(row)] if group == LOSS else []
-            table.add_row(row.label, *head, *(cell(row.estimates[column.key], column) for column in columns))
-        parts.append(table)
+            head = [str(row.estimates[ranking.by].n), margin(row)] if group == LOSS else []
+            grid.add_row(row.label, *head, *(cell(row.estimates[column.key], column) for column in columns))
+        parts.append(grid)
     console.print(Group(*parts, Text("\n".join(footer(ranking)))))
 
 
 def markdown(ranking: Ranking) -> str:
     """One table, one row an arm, then the verdict."""
     columns = columns_of(ranking)
-    lines = ["| | n | margin | " + " | ".join(c.header for c in columns) + " |"]
-    lines.append("| --- |" + " --- |" * (len(columns) + 2))
-    for row in ranking.rows:
-        cells = [row.label, str(row.estimates[ranking.by].n), _margin(row)]
-        cells += [cell(row.estimates[column.key], column) for column in columns]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines = table(
+        ["", "n", "margin", *(column.header for column in columns)],
+        [
+            [plain(row.label), str(row.estimates[ranking.by].n), margin(row)]
+            + [cell(row.estimates[c.key], c) for c in columns]
+            for row in ranking.rows
+        ],
+    )
     return "\n".join([*lines, "", *(line if line.startswith("- ") else line + "  " for line in footer(ranking))]) + "\n"
 
 
@@ -140,7 +144,8 @@ def footer(ranking: Ranking) -> list[str]:
     return lines
 
 
-def _margin(row: Row) -> str:
+def margin(row: Row) -> str:
+    """How much worse than the winner, in percent."""
     return "-" if math.isnan(row.margin) else f"{row.margin:.1f} %"
 
 

@@ -127,8 +127,11 @@ TAG_CONTINUED_IN = "continued_in"
 TAG_RESULT = "result_checkpoint"
 TAG_STOPPED_EARLY = "stopped_early"
 TAG_SOURCE = "source"  # of a run that we have not trained: published, tensorboard; it has no gate to pass
+TAG_PRINTED = "printed"  # of a published run: what its report says about it, as JSON
 TAG_IMPORTED = "imported_from"
 TAG_IMPORTED_ROWS = "imported_rows"
+TAG_COMPARISON = "comparison"  # of a run that holds the report on others: which others
+TAG_CHECKPOINT_DIGEST = "checkpoint.digest"  # of a version in the Model Registry
 
 # Artifacts
 ARTIFACT_CONFIG = "resolved_config.yaml"

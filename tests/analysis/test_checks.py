@@ -6,36 +6,50 @@ from typing import Any
 
 import pytest
 
-from analysis.checks import CHECKS, Arm, Subject, careful_reading, subject_of
-from analysis.published import published_files, published_subject
-from analysis.ranking import At, rank
+from analysis.checks import CHECKS, careful_reading
+from analysis.published import published_files, published_runs
+from analysis.ranking import At, Reading, rank, read
+from analysis.store import Run
+from analysis.subject import Arm, Subject, subject_of
 from tests.analysis.test_ranking import readings
-
-(STAGE3,) = published_files()
 
 NINE = {
     "overfitting": "within 29 % of the steps",
-    "unequal_budget": "all_full took the fewest steps (6,900) and was further along",
+    "unequal_budget": "all_full (published) took the fewest steps (6,900) and was further along",
     "points_after_the_end": "8,000, 10,000",
     "margins": "0.0608/0.5550 = 10.955 %",
     "effective_batch": "gives 4 to 8 packs",
     "one_seed": "Every arm has one seed",
-    "best_fit_disagrees": "last6_full by smoothed train loss",
-    "full_fits_better": "all_full has 0.2171, last6_lora 0.2001",
-    "full_needs_accumulation": "last6_full ran with 2",
+    "best_fit_disagrees": "last6_full (published) by smoothed train loss",
+    "full_fits_better": "all_full (published) has 0.2171, last6_lora (published) 0.2001",
+    "full_needs_accumulation": "last6_full (published) ran with 2",
 }
+
+
+def published() -> Subject:
+    """The shipped comparison, imported and ranked as the report ranks it."""
+    (path,) = published_files()
+    found = []
+    for one in published_runs(path):
+        by_step = sorted(one.rows, key=lambda row: row[1])
+        metrics = {metric: value for metric, _, _, value in by_step}
+        run = Run(one.key, one.name, "1", "FINISHED", 0, one.params, one.tags, metrics, by_step[-1][1])
+        reading = read(run, "eval/loss_smoothed", At(), {})
+        assert isinstance(reading, Reading)
+        found.append(reading)
+    return subject_of(rank(found, "eval/loss_smoothed", At()))
 
 
 @pytest.mark.parametrize("check", NINE)
 def test_what_is_wrong_with_the_published_report_is_found(check: str) -> None:
     """Its six written observations, and three that nobody had written down; each with its numbers."""
-    (finding,) = CHECKS[check](published_subject(STAGE3))
+    (finding,) = CHECKS[check](published())
     assert NINE[check] in finding.text
 
 
 def test_nothing_else_is_said_of_the_published_report_but_what_is_so() -> None:
     """Rates set by hand, accumulation 2 and 4, and no gate: true of it as well."""
-    found = {finding.check for finding in careful_reading(published_subject(STAGE3))}
+    found = {finding.check for finding in careful_reading(published())}
     assert found == {*NINE, "accumulation", "rates_not_tuned", "gates"}
 
 
@@ -47,10 +61,10 @@ def sound() -> Subject:
     known = facts(base_model__digest="b", data__train_digest="t") | {"dtype/vision": frozenset({"float32"})}
     arms = [
         Arm(
-            name=name, n_seeds=3, eval_loss=0.5 + shift, eval_loss_smoothed=0.5 + shift, train_loss=0.4 + shift,
+            name=name, n_seeds=3, ranked=0.5 + shift, eval_loss=0.5 + shift, train_loss=0.4 + shift,
             train_loss_smoothed=0.41 + shift, lowest=0.5 + shift, lowest_step=100, final_step=100, hours=2.0,
-            samples=1600, f1=0.6 - shift, vision_gain=0.3, micro_batch=1, accumulation=2, method=method, vit_lr=1e-4,
-            curve={50: 0.6, 100: 0.5 + shift}, facts=known,
+            samples=1600, gap=0.1, f1=0.6 - shift, vision_gain=0.3, micro_batch=1, accumulation=2, blocks=name,
+            method=method, vit_lr=1e-4, facts=known,
         )
         for name, method, shift in (("first", "full", 0.0), ("second", "lora", 0.05), ("third", "lora", 0.1))
     ]  # fmt: skip
@@ -74,7 +88,7 @@ PLANTED: dict[str, Callable[[Subject], Subject]] = {
     "overfitting": lambda s: with_arm(s, 2, lowest=0.55, lowest_step=20),
     "unequal_budget": lambda s: with_arm(s, 1, samples=3200),
     "accumulation": lambda s: replace(with_arm(s, 1, accumulation=4), effective_batch=(2, 4)),
-    "points_after_the_end": lambda s: with_arm(s, 0, curve={100: 0.5, 120: 0.49}),
+    "points_after_the_end": lambda s: with_arm(s, 0, after_the_end={120: 0.49}),
     "margins": lambda s: replace(
         s, margins={"second": 9.1, "third": 20.0}
     ),  # of the loser's loss, as one is tempted to
@@ -83,11 +97,21 @@ PLANTED: dict[str, Callable[[Subject], Subject]] = {
     "full_fits_better": lambda s: with_arm(s, 0, train_loss=0.451, train_loss_smoothed=0.47),
     "full_needs_accumulation": lambda s: replace(s, full_needs_accumulation=4),
     "not_alike": lambda s: with_arm(s, 1, facts=facts(base_model__digest="other")),
-    "rates_not_tuned": lambda s: with_arm(with_arm(s, 1, vit_lr=2e-4), 2, vit_lr=3e-4),
+    "rates_not_tuned": lambda s: with_arm(s, 1, vit_lr=2e-4),
     "gates": lambda s: with_arm(s, 1, gate=frozenset({"passed", ""})),
     "f1_disagrees": lambda s: with_arm(s, 2, f1=0.7),
     "does_not_look": lambda s: with_arm(s, 1, vision_gain=0.004),
+    "rate_at_the_edge": lambda s: swept(s, (1e-4, 2e-4, 3e-4)),
+    "gap_under_augmentation": lambda s: with_arm(s, 2, augmented=True),
 }
+
+
+def swept(subject: Subject, rates: tuple[float, ...]) -> Subject:
+    """All arms alike but for the learning rate, the winner's first."""
+    arms = [
+        replace(arm, blocks="all", method="lora", vit_lr=rate) for arm, rate in zip(subject.arms, rates, strict=True)
+    ]
+    return replace(subject, arms=arms, full_fits_better=False)
 
 
 def test_nothing_is_said_of_a_sound_report() -> None:
@@ -112,6 +136,15 @@ def test_a_planted_fault_is_found_and_nothing_else(check: str) -> None:
 def test_two_faults_are_both_found(pair: tuple[str, str]) -> None:
     """One does not hide the other."""
     assert {f.check for f in careful_reading(PLANTED[pair[1]](PLANTED[pair[0]](sound())))} == {*pair}
+
+
+def test_a_winner_inside_the_swept_range_and_equal_tries_are_no_finding() -> None:
+    """Two kinds of arms, two rates each: tuned equally; of three rates the middle one wins."""
+    assert careful_reading(swept(sound(), (2e-4, 1e-4, 3e-4))) == []
+    two = replace(
+        sound(), arms=[*sound().arms[:2], *(replace(arm, name=arm.name + "2", vit_lr=2e-4) for arm in sound().arms[:2])]
+    )
+    assert "rates_not_tuned" not in {finding.check for finding in careful_reading(two)}
 
 
 def test_what_is_not_known_is_not_spoken_of() -> None:

@@ -15,6 +15,8 @@ from mlflow import MlflowClient
 
 from tests.running import ROOT, empty_store, environment, runs_in, trained
 
+ARMS = ("last6_lora", "last6_full", "all_lora", "all_full")
+
 Analysis = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -60,7 +62,7 @@ def test_the_published_order_gaps_and_margins_come_out(published: str, tmp_path:
     """To the printed digit; 10.96 % is 11.0 and not the 10.9 of the report. One seed each: nothing is told apart."""
     done = analysis("rank", store=published, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^ (\w+) +1 +(\d+\.\d) % +(0\.\d{4}).* (0\.\d{4}) *$", done.stdout, re.MULTILINE)
+    rows = re.findall(r"^ (\w+) \(published\) +1 +(\d+\.\d) % +(0\.\d{4}).* (0\.\d{4}) *$", done.stdout, re.MULTILINE)
     assert rows == [
         ("last6_lora", "0.0", "0.5550", "0.3549"),
         ("last6_full", "1.9", "0.5655", "0.3674"),
@@ -78,14 +80,14 @@ def test_all_formats_hold_the_same_numbers(published: str, tmp_path: Path) -> No
         for form in ("markdown", "csv", "json")
     }
     tree = json.loads(printed["json"])
-    assert [row["arm"] for row in tree["rows"]] == ["last6_lora", "last6_full", "all_lora", "all_full"]
+    assert [row["arm"] for row in tree["rows"]] == [f"{a} (published)" for a in ARMS]
     assert tree["rows"][1]["estimates"]["eval/loss_smoothed"] == {
         "mean": 0.5655, "low": None, "high": None, "n": 1, "excluded": 0,
     }  # fmt: skip
     rows = list(csv.DictReader(io.StringIO(printed["csv"])))
     assert [float(row["eval/loss:mean"]) for row in rows] == [0.5534, 0.5697, 0.6082, 0.6281]
     assert float(rows[2]["margin_percent"]) == pytest.approx(100 * (0.6158 - 0.555) / 0.555)
-    assert printed["markdown"].splitlines()[2].startswith("| last6_lora | 1 | 0.0 % | 0.5550 | 0.5534 |")
+    assert printed["markdown"].splitlines()[2].startswith("| last6_lora (published) | 1 | 0.0 % | 0.5550 | 0.5534 |")
 
 
 def test_the_shipped_numbers_are_the_published_ones() -> None:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from analysis.comparison import CURVES_NEEDED, Comparison, along, default_axis
 from analysis.curves import Curve, last_write_wins
-from analysis.plots import CURVES_NEEDED, Comparison, along, default_axis, draw, looks, over_seeds, pareto
-from analysis.ranking import At, Reading, domain_losses, rank, read
+from analysis.plots import draw, looks, over_seeds, pareto
+from analysis.ranking import At, Reading, rank, read
 from tests.analysis.test_ranking import run
 
 
@@ -38,7 +39,7 @@ def comparison(per_step: dict[str, int], *, seeds: int = 2) -> Comparison:
                 "samples_seen": curve({0: 0, 1: samples, 10: 10 * samples, 20: 20 * samples}),
             }
     ranking = rank(found, "eval/loss", At())
-    return Comparison(ranking, curves, domain_losses(ranking))
+    return Comparison(ranking, curves)
 
 
 def test_the_axis_is_samples_where_steps_are_not_equal_work() -> None:
@@ -100,4 +101,4 @@ def test_what_was_not_logged_is_not_drawn(tmp_path: Path) -> None:
     assert isinstance(reading, Reading)
     ranking = rank([reading], "eval/loss", At())
     empty = {reading.run.id: {metric: curve({}) for metric in CURVES_NEEDED}}
-    assert draw(Comparison(ranking, empty, domain_losses(ranking)), tmp_path, "steps") == []
+    assert draw(Comparison(ranking, empty), tmp_path, "steps") == []

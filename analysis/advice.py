@@ -1,0 +1,271 @@
+"""What to do after a comparison: which arm to take and how sure that is, what to run next, how to run it again."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from analysis.checks import Finding
+from analysis.effects import BLOCKS, METHOD, METHODS
+from analysis.ranking import TRAINABLE, Ranking, Row
+from analysis.settings import number, same
+from analysis.statistics import Difference, seeds_to_settle
+from analysis.store import Run
+from trainer import names
+from trainer.config.load import DEFAULT_PROFILE, load
+from trainer.config.places import experiments_dir
+from trainer.errors import ConfigError
+
+ENOUGH_SEEDS = 3
+"""Fewer give no interval worth reading, and no winner that can be told apart."""
+
+_SEED, _VIT_LR, _RANK = "training.seed", "training.vit_lr", "tuner.lora_rank"
+
+EXPLAINED_BY = {
+    "not_alike": "runs of different data, weights, code or number formats are compared",
+    "unequal_budget": "arms did not see the same amount of data",
+    "rates_not_tuned": "every arm has a hand-set learning rate of its own",
+    "gates": "not every run has passed a training gate",
+    "gap_under_augmentation": "arms were augmented",
+}
+"""Check -> what else than the strategy may have made the winner."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """Which arm to take."""
+
+    arm: str
+    confidence: str
+    """high, moderate, low or none."""
+    why: tuple[str, ...]
+    """Sentences."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing worth running, and the command for it where the strategy is one of the shipped ones."""
+
+    why: str
+    command: str = ""
+
+
+def recommendation(ranking: Ranking, findings: Sequence[Finding]) -> Recommendation:
+    """The arm to take, with the confidence that the numbers allow.
+
+    high: distinguishable from every other arm, three seeds or more, and no finding that could explain it otherwise.
+    moderate: distinguishable from every other arm, but something else differs too. low: some arm is not
+    distinguishable. none: too few seeds to tell anything.
+
+    Args:
+        ranking: of at least one arm.
+        findings: of the careful reader on it.
+    """
+    winner, *others = ranking.rows
+    if not others:
+        return Recommendation(winner.label, "none", ("It is the only arm: there is nothing to compare it with.",))
+    against = {row.label: _pair(ranking, winner, row) for row in others}
+    untested = [label for label, pair in against.items() if pair is None or pair.method == "untested"]
+    open_ones = [label for label, pair in against.items() if label not in untested and not pair_told(pair)]
+    told = [label for label, pair in against.items() if pair_told(pair)]
+    also = [EXPLAINED_BY[check] for check in dict.fromkeys(f.check for f in findings) if check in EXPLAINED_BY]
+    why = []
+    if told:
+        why.append(f"It is more than seed noise ahead of {', '.join(told)}.")
+    if open_ones:
+        why.append(f"It is not distinguishable from {', '.join(open_ones)}.")
+        cheapest = min(
+            [winner, *(r for r in others if r.label in open_ones)], key=lambda r: r.estimates[TRAINABLE].mean
+        )
+        if cheapest is not winner:
+            why.append(
+                f"Of these, {cheapest.label} trains the fewest parameters: take it unless more seeds say otherwise."
+            )
+    if untested:
+        why.append(f"Against {', '.join(untested)} nothing can be told with one seed.")
+    if also:
+        why.append(f"It holds for arms as they were configured: {'; '.join(also)}.")
+    if untested and not told:
+        confidence = "none"
+    elif untested or open_ones or winner.estimates[ranking.by].n < ENOUGH_SEEDS:
+        confidence = "low"
+    else:
+        confidence = "moderate" if also else "high"
+    return Recommendation(winner.label, confidence, tuple(why))
+
+
+def next_steps(ranking: Ranking, findings: Sequence[Finding]) -> list[Step]:
+    """What would tell more: seeds, the missing cells of the 2x2, neighbours of the winner, tuned learning rates."""
+    if not ranking.rows:
+        return []
+    steps = [*_seeds(ranking), *_missing_cells(ranking), *_neighbours(ranking)]
+    if any(finding.check == "rates_not_tuned" for finding in findings):
+        steps.append(
+            Step(
+                "Give every arm the same number of tries at its vision learning rate (half, as it is, double), then "
+                "run each arm's best on fresh seeds: rates set by hand make arms incomparable."
+            )
+        )
+    return steps
+
+
+def command_of(run: Run, changes: Mapping[str, str] | None = None) -> str:
+    """The command that trains a run again, with every setting that differs from the shipped file; or nothing.
+
+    Args:
+        run: as the store has it.
+        changes: dotted key -> another value.
+
+    Returns:
+        Empty for a run whose strategy is not among the shipped experiments.
+    """
+    given = _given(run)
+    return "" if given is None else _command(run.strategy, run, {**given, **(changes or {})})
+
+
+def _command(strategy: str, run: Run, given: Mapping[str, str]) -> str:
+    profile = run.tags.get(names.TAG_PROFILE, "")
+    values = {"profile": profile} if profile not in ("", DEFAULT_PROFILE) else {}
+    values |= {"seed" if key == _SEED else key: value for key, value in given.items()}
+    told = "".join(f" -P {shlex.quote(f'{key}={value}')}" for key, value in values.items())
+    return f"mlflow run . -e {strategy} --env-manager local{told}"
+
+
+def _given(run: Run) -> dict[str, str] | None:
+    """Settings that differ from the shipped file's, and the seed; None where no shipped file is meant."""
+    shipped = _shipped(run.strategy, run.tags.get(names.TAG_PROFILE, ""))
+    if shipped is None or names.TAG_SOURCE in run.tags:
+        return None
+    given = {key: value for key in shipped if same(value := run.params.get(key, shipped[key])) != same(shipped[key])}
+    return given | ({_SEED: run.seed} if run.seed else {})
+
+
+@cache
+def _shipped(strategy: str, profile: str) -> Mapping[str, str] | None:
+    """Params of a shipped experiment under a profile; None where there is no such file, or it does not load alone."""
+    if not (experiments_dir() / f"{strategy}.yaml").is_file() or "/" in strategy:
+        return None
+    try:
+        return load(experiments_dir() / f"{strategy}.yaml", profile=profile or None).params()
+    except ConfigError:
+        return None
+
+
+def _pair(ranking: Ranking, one: Row, other: Row) -> Difference | None:
+    wanted = {one.label, other.label}
+    return next((pair for pair in ranking.differences if {pair.first, pair.second} == wanted), None)
+
+
+def pair_told(pair: Difference | None) -> bool:
+    """Whether a pair was tested and found different."""
+    return pair is not None and pair.distinguishable
+
+
+def _seeds(ranking: Ranking) -> list[Step]:
+    """Seeds for arms with too few of them, and those that would settle what is open with the winner."""
+    winner, *others = ranking.rows
+    few = [row for row in ranking.rows if row.estimates[ranking.by].n < ENOUGH_SEEDS]
+    steps = [
+        Step(
+            f"{row.label} has {row.estimates[ranking.by].n} of at least {ENOUGH_SEEDS} seeds.",
+            command_of(row.readings[0].run, {_SEED: _fresh_seed(row)}),
+        )
+        for row in few
+    ]
+    for row in others:
+        pair = _pair(ranking, winner, row)
+        if pair is None or pair.method == "untested" or pair.distinguishable:
+            continue
+        needed = seeds_to_settle(pair, alpha=pair_alpha(ranking))
+        shift = f"{winner.label} and {row.label} ({abs(pair.estimate.mean):.4f} apart)"
+        if needed is None:
+            steps.append(Step(f"No number of seeds up to 1,000 would be likely to tell {shift}: treat them as equal."))
+        else:
+            more = max(1, needed - pair.estimate.n)
+            steps.append(
+                Step(
+                    f"About {needed} seeds, {more} more, would tell {shift} with 80 % power, if they differ as much "
+                    "and scatter as widely as seen; the estimate itself rests on few seeds.",
+                    command_of(row.readings[0].run, {_SEED: _fresh_seed(winner, row)}),
+                )
+            )
+    return steps
+
+
+def pair_alpha(ranking: Ranking) -> float:
+    """Error rate of one pair when all of them together are to keep to 5 % (Bonferroni)."""
+    tested = sum(pair.method != "untested" for pair in ranking.differences)
+    return 0.05 / max(1, tested)
+
+
+def _fresh_seed(*rows: Row) -> str:
+    used = [number(reading.run.seed) for row in rows for reading in row.readings]
+    known = [int(seed) for seed in used if seed == seed]
+    return str(max(known) + 1) if known else "18"
+
+
+def _missing_cells(ranking: Ranking) -> list[Step]:
+    """Of the depths and methods that were run, the combinations that were not."""
+    have: dict[tuple[str, str], Row] = {}
+    for row in ranking.rows:
+        params = row.readings[0].run.params
+        have.setdefault((params.get(BLOCKS, ""), params.get(METHOD, "")), row)
+    steps = []
+    for depth in dict.fromkeys(depth for depth, method in have if method in METHODS):
+        for method in METHODS:
+            if (depth, method) not in have:
+                run = next(have[depth, m] for m in METHODS if (depth, m) in have).readings[0].run
+                text = f"The 2x2 of depth and method lacks vision blocks {depth} trained by {method}."
+                steps.append(Step(text, _command_for_cell(run, depth, method)))
+    return steps
+
+
+def _command_for_cell(run: Run, depth: str, method: str) -> str:
+    """The shipped experiment of this depth and method, otherwise set as `run` is."""
+    given = _given(run)
+    if given is None:
+        return ""
+    for path in sorted(experiments_dir().glob("*.yaml")):
+        shipped = _shipped(path.stem, run.tags.get(names.TAG_PROFILE, ""))
+        if shipped and (shipped[BLOCKS], shipped[METHOD]) == (depth, method):
+            kept = {key: value for key, value in given.items() if key not in (BLOCKS, METHOD, _VIT_LR)}
+            return _command(path.stem, run, kept)
+    return command_of(run, {METHOD: method})
+
+
+def _neighbours(ranking: Ranking) -> list[Step]:
+    """The winner with more and fewer blocks, half and double the vision learning rate, half and double the rank."""
+    winner = ranking.rows[0]
+    run = winner.readings[0].run
+    steps = []
+    for key, values, what in (
+        (BLOCKS, _other_blocks(run), "vision blocks"),
+        (_VIT_LR, _halved_and_doubled(run.params.get(_VIT_LR)), "vision learning rate"),
+        (_RANK, _halved_and_doubled(run.params.get(_RANK)) if run.params.get(METHOD) == "lora" else [], "LoRA rank"),
+    ):
+        tried = {r.readings[0].run.params.get(key) for r in ranking.rows if r.strategy == winner.strategy}
+        for value in values:
+            if value not in tried and run.params.get(METHOD) in METHODS:
+                text = f"Neighbour of the winner: {what} {value} instead of {run.params.get(key)}."
+                steps.append(Step(text, command_of(run, {key: value})))
+    return steps
+
+
+def _other_blocks(run: Run) -> list[str]:
+    """`last-4` and `last-8` around `last-6`, `20-23` and `16-23` around `18-23`; of `all`, half and three quarters."""
+    text = run.params.get(BLOCKS, "")
+    if match := re.fullmatch(r"(\d+)-(\d+)", text):
+        first, last = map(int, match.groups())
+        return [f"{start}-{last}" for start in (first + 2, first - 2) if 0 <= start <= last]
+    if text.startswith("last-") and text.removeprefix("last-").isdigit():
+        n = int(text.removeprefix("last-"))
+        return [f"last-{m}" for m in (n - 2, n + 2) if m > 0]
+    n = len(json.loads(run.params.get(names.VISION_BLOCKS) or "[]"))
+    return [f"last-{m}" for m in (n // 2, 3 * n // 4)] if text == "all" and n >= 4 else []
+
+
+def _halved_and_doubled(text: str | None) -> list[str]:
+    value = number(text)
+    return [f"{value * factor:.6g}" for factor in (0.5, 2)] if value == value and value > 0 else []

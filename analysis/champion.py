@@ -1,0 +1,79 @@
+"""Promotes the winner of a comparison: its best checkpoint becomes a version in the Model Registry, with an alias."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from analysis.ranking import Ranking, Reading, direction
+from analysis.store import Store
+from trainer import names
+from trainer.checkpoint import file_sha256
+from trainer.errors import UserError
+
+_TOLD = (names.EVAL_LOSS, names.BEST_LOSS, names.F1, names.GAP, names.VISION_GAIN)
+"""Metrics that become tags of the version."""
+
+
+def promote(store: Store, ranking: Ranking, model: str, alias: str, *, anyway: bool) -> tuple[str, Reading]:
+    """Register the winner's best checkpoint.
+
+    Args:
+        store: the store.
+        ranking: of at least one arm.
+        model: name in the registry.
+        alias: set on the version.
+        anyway: also where the winner cannot be told from the second.
+
+    Returns:
+        The version, and the run that it is of: of the winner's seeds the one with the best value.
+
+    Raises:
+        UserError: the winner is not distinguishable from the second, or its checkpoint is not to be had or not whole.
+    """
+    winner = ranking.rows[0]
+    second = ranking.rows[1].label if len(ranking.rows) > 1 else ""
+    pair = next((d for d in ranking.differences if {d.first, d.second} == {winner.label, second}), None)
+    distinguishable = pair is not None and pair.distinguishable
+    if not distinguishable and not anyway:
+        what = "there is no second arm" if pair is None else "too few seeds to test" if pair.method == "untested" else (
+            f"p = {pair.p_adjusted:.2g} after Holm, difference {abs(pair.estimate.mean):.4f}"
+        )  # fmt: skip
+        raise UserError(
+            "promote",
+            f"{winner.label} is not distinguishable from {second or 'any other'}: {what}",
+            "a winner that is more than seed noise ahead of the second",
+            "run more seeds (python -m analysis report says how many), or promote it --anyway",
+        )
+    worse = 1 if direction(ranking.by) == "lower" else -1
+    best = min(winner.readings, key=lambda reading: worse * reading.values[ranking.by])
+    folder, digest = _checkpoint(store, best)
+    runs = [reading.run for row in ranking.rows for reading in row.readings]
+    tags = {
+        names.TAG_CHECKPOINT_DIGEST: digest,
+        names.TAG_STRATEGY: best.run.strategy,
+        names.TAG_SEED: best.run.seed,
+        names.TAG_COMPARISON: store.comparison_run(runs),
+        "distinguishable": "yes" if distinguishable else "no, promoted anyway",
+        **{name: f"{best.run.metrics[name]:.6g}" for name in _TOLD if name in best.run.metrics},
+    }
+    return store.promote(best.run.id, folder, model, alias, tags), best
+
+
+def _checkpoint(store: Store, reading: Reading) -> tuple[Path, str]:
+    """The folder of a run's best checkpoint, whole as its manifest says, and a digest of its files."""
+    run = reading.run
+    known = store.artifact_json(run.id, names.ARTIFACT_CHECKPOINTS) or {}
+    saved = known.get("best") or known.get("last")
+    if saved is None:
+        raise UserError(f"run {run.name} ({run.id})", "no checkpoint", "a run that saved one", "train it again")
+    folder = Path(saved["path"])
+    for name, of_file in saved["files"].items():
+        path = folder / name
+        if not path.is_file() or file_sha256(path) != of_file["sha256"]:
+            raise UserError(
+                str(path),
+                "not there" if not path.is_file() else "not the file that the run has written",
+                f"the checkpoint of run {run.name} ({run.id}), as its manifest has it",
+                "promote on the machine that trained it, or bring the folder back to this path",
+            )
+    return folder, hashlib.sha256(json.dumps(saved["files"], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,89 @@
+"""From the store to a ranking: runs page by page, what cannot be ranked with the reason, curves for what is drawn."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+
+from analysis.comparison import CURVES_NEEDED, Comparison
+from analysis.curves import Curve
+from analysis.ranking import CURVES, At, Ranking, Reading, direction, rank, read, why_excluded
+from analysis.store import Run, Store
+from trainer.errors import UserError
+
+_AT_ONCE = 200
+"""Runs whose curves are held together: memory stays flat in the number of runs."""
+
+
+def read_ranking(
+    store: Store, experiment: str | None, where: str | None, by: str, at: At, *, each: bool = False
+) -> Ranking:
+    """Rank what a store has.
+
+    Args:
+        store: the store.
+        experiment: name; None: every run with a strategy.
+        where: a filter of runs.
+        by: metric.
+        at: where in a run it is read.
+        each: a row a run.
+
+    Raises:
+        UserError: the metric is not one to rank by, or no run has it; there is no run at all.
+    """
+    direction(by)  # a misspelt metric is told before anything is read
+    readings: list[Reading] = []
+    excluded: list[tuple[Run, str]] = []
+    n_not_finite = 0
+    found_runs = _with_progress(store.runs(experiment, where))
+    while runs := list(islice(found_runs, _AT_ONCE)):
+        reasons = {run.id: why_excluded(run) for run in runs}
+        excluded += [(run, reason) for run in runs if (reason := reasons[run.id])]
+        good = [run for run in runs if reasons[run.id] is None]
+        curves: dict[str, dict[str, Curve]] = {}
+        if at.kind != "final":
+            curves = {metric: store.curves([run.id for run in good], metric) for metric in {*CURVES, by}}
+        for run in good:
+            own = {metric: of_runs[run.id] for metric, of_runs in curves.items()}
+            n_not_finite += sum(curve.n_not_finite for curve in own.values())
+            found = read(run, by, at, own)
+            if isinstance(found, str):
+                excluded.append((run, found))
+            else:
+                readings.append(found)
+    if not readings and not excluded:
+        raise UserError(
+            str(store),
+            "no run with a strategy tag" + (" for which --where holds" if where else ""),
+            "at least one run of this trainer",
+            "train something first: mlflow run . -e last6_lora" if not where else "loosen --where",
+        )
+    if not readings and any(reason == f"has no {by}" for _, reason in excluded):
+        raise UserError("--by", by, "a metric that these runs have", "look at the metrics of a run in the MLflow UI")
+    return rank(readings, by, at, excluded, each=each, n_not_finite=n_not_finite)
+
+
+def read_comparison(store: Store, experiment: str | None, where: str | None, by: str, at: At) -> Comparison:
+    """Rank what a store has, and read the curves of all that is ranked.
+
+    Raises:
+        UserError: as `read_ranking`, or nothing can be ranked.
+    """
+    ranking = read_ranking(store, experiment, where, by, at)
+    if not ranking.rows:
+        raise UserError(str(store), "no run that can be ranked", "at least one", "see why: python -m analysis rank")
+    run_ids = [reading.run.id for row in ranking.rows for reading in row.readings]
+    by_metric = {metric: store.curves(run_ids, metric) for metric in {*CURVES_NEEDED, by}}
+    return Comparison(
+        ranking, {run_id: {metric: of_runs[run_id] for metric, of_runs in by_metric.items()} for run_id in run_ids}
+    )
+
+
+def _with_progress(runs: Iterable[Run]) -> Iterator[Run]:
+    """A count on the terminal while pages of a large store come in."""
+    with Progress(TextColumn("{task.completed} runs"), console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        for run in runs:
+            yield run
+            progress.advance(task)

@@ -1,0 +1,66 @@
+"""Params of runs as settings: which of them make an arm, when two values are the same, where runs differ."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+from analysis.store import Run
+from trainer import names
+from trainer.config.load import SHORT_NAMES
+
+_MAKE_NO_ARM = (
+    "training.seed", "training.run_name", "training.output_dir", "tracking.", "launch.", "data.dataloader_num_workers",
+)  # fmt: skip
+"""Settings that may differ between runs of one arm."""
+
+DERIVED = (
+    names.TRAINABLE_PARAMETERS, names.DTYPE, names.VISION_BLOCKS, names.EFFECTIVE_BATCH_PACKS, names.SKIPPED_RECORDS,
+    names.IMAGE_PROCESSOR,
+)  # fmt: skip
+"""Params that follow from the settings and are none themselves."""
+
+_FIRST = ("strategy.", "tuner.", "training.", "custom.augmentation.", "model.", "prompts.")
+
+_BOOLEANS = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
+
+
+def is_setting(key: str) -> bool:
+    """Whether a param says how a run was meant to be; `mlflow run` logs its short names (`seed`, `model`) as well."""
+    return not key.startswith((*_MAKE_NO_ARM, *DERIVED)) and key not in _TWICE
+
+
+_TWICE = {*SHORT_NAMES, "profile", "config"}
+"""Names that `mlflow run` logs as they were typed; the settings themselves stand under their dotted keys."""
+
+
+def differing(runs: Sequence[Run], *, derived: bool = False) -> list[str]:
+    """Settings in which runs differ, those first that comparisons are usually about.
+
+    Args:
+        runs: any number.
+        derived: whether params that follow from settings are listed too.
+    """
+    keys = sorted({key for run in runs for key in run.params}, key=lambda key: (_section(key), key))
+    wanted = [key for key in keys if is_setting(key) or (derived and key.startswith(DERIVED))]
+    return [key for key in wanted if len({same(run.params.get(key)) for run in runs}) > 1]
+
+
+def _section(key: str) -> int:
+    return next((place for place, start in enumerate(_FIRST) if key.startswith(start)), len(_FIRST))
+
+
+@lru_cache(maxsize=100_000)
+def same(text: str | None) -> str | None:
+    """One spelling for equal values: what is given to `mlflow run` as 1e-4 or no is logged so, and not as 0.0001."""
+    value = number(text)
+    if not math.isnan(value):
+        return repr(value)
+    return _BOOLEANS.get(text.lower(), text) if text is not None else None
+
+
+def number(text: str | None) -> float:
+    """A param as a number; nan where it is none."""
+    try:
+        return float(text) if text is not None else math.nan
+    except ValueError:
+        return math.nan

@@ -1,0 +1,144 @@
+"""A comparison as the careful reader takes it: arms with what is known of them, and what was printed about them."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from analysis.ranking import STEP, Ranking, Row
+from analysis.settings import number
+from trainer import names
+
+NAN = math.nan
+
+MUST_AGREE = {
+    names.TAG_BASE_DIGEST: "base weights",
+    names.TAG_TRAIN_DIGEST: "training data",
+    names.TAG_VAL_DIGEST: "validation data",
+    names.TAG_CODE_VERSION: "code",
+    **{names.DTYPE + part: f"number format of what trains of the {part}" for part in names.PARTS},
+}
+"""Tag or param -> what it is of; runs in one ranking should have the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """What is known of one arm, from a report or from runs; nan, empty or None where it is not."""
+
+    name: str
+    n_seeds: int = 1
+    ranked: float = NAN
+    """The value that it is ranked by."""
+    eval_loss: float = NAN
+    train_loss: float = NAN
+    train_loss_smoothed: float = NAN
+    lowest: float = NAN
+    """Lowest eval loss of the curve, nats per supervised token."""
+    lowest_step: float = NAN
+    final_step: float = NAN
+    hours: float = NAN
+    samples: float = NAN
+    gap: float = NAN
+    """As published: eval minus train loss, both smoothed."""
+    f1: float = NAN
+    vision_gain: float = NAN
+    micro_batch: float = NAN
+    accumulation: float = NAN
+    blocks: str = ""
+    """Vision blocks, as configured."""
+    method: str = ""
+    """Of the vision part: lora, full or frozen."""
+    rank: str = ""
+    """Of LoRA, as configured."""
+    vit_lr: float = NAN
+    augmented: bool = False
+    """Whether it was trained on augmented images."""
+    after_the_end: Mapping[int, float] = field(default_factory=dict)
+    """Step -> eval loss that a report gives for a step which the run has not come to."""
+    facts: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Tags and params of its runs -> the values that occur."""
+    gate: frozenset[str] = frozenset({"passed"})
+
+    @property
+    def micro_batches(self) -> float:
+        """Micro-batches seen in all, on one rank."""
+        return self.final_step * self.accumulation
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A comparison to be read: its arms, and what was printed about them."""
+
+    arms: Sequence[Arm]
+    """In the order of the ranking."""
+    margins: Mapping[str, float] = field(default_factory=dict)
+    """Arm -> printed margin over the winner, percent."""
+    effective_batch: tuple[float, float] | None = None
+    """Smallest and largest as printed, in packs."""
+    ranks: int = 1
+    full_fits_better: bool = False
+    """Whether it is claimed that full fine-tuning reaches lower training loss than LoRA."""
+    full_needs_accumulation: float = NAN
+    """Micro-batches a step that full fine-tuning is said to need."""
+
+
+def subject_of(ranking: Ranking) -> Subject:
+    """What a ranking of runs says, as the checks read it; of published runs also what was printed about them."""
+    printed = [json.loads(row.readings[0].run.tags.get(names.TAG_PRINTED, "{}")) for row in ranking.rows]
+    claims: dict[str, Any] = {}
+    for of_arm in printed:
+        claims |= of_arm.get("claims", {})
+    low, high = claims.get("effective_batch", (NAN, NAN))
+    return Subject(
+        arms=[_arm(row, ranking.by, of_arm) for row, of_arm in zip(ranking.rows, printed, strict=True)],
+        margins={
+            row.label: of_arm["margin"]
+            for row, of_arm in zip(ranking.rows, printed, strict=True)
+            if of_arm.get("margin") is not None
+        },
+        effective_batch=(low, high) if "effective_batch" in claims else None,
+        ranks=claims.get("ranks", 1),
+        full_fits_better=claims.get("full_fits_better", False),
+        full_needs_accumulation=claims.get("full_needs_accumulation", NAN),
+    )
+
+
+def _arm(row: Row, by: str, printed: Mapping[str, Any]) -> Arm:
+    def mean(key: str) -> float:
+        return row.estimates[key].mean
+
+    runs = [reading.run for reading in row.readings]
+    params = runs[0].params
+    facts = {key: frozenset(v for run in runs if (v := run.tags.get(key) or run.params.get(key))) for key in MUST_AGREE}
+    return Arm(
+        name=row.label,
+        n_seeds=len(runs),
+        ranked=mean(by),
+        eval_loss=mean(names.EVAL_LOSS),
+        train_loss=mean(names.TRAIN_LOSS),
+        train_loss_smoothed=mean(names.TRAIN_LOSS_SMOOTHED),
+        lowest=mean(names.BEST_LOSS),
+        lowest_step=mean(names.BEST_STEP),
+        final_step=mean(STEP),
+        hours=mean(names.TRAIN_SECONDS) / 3600,
+        samples=mean(names.SAMPLES_SEEN),
+        gap=mean(names.GAP),
+        f1=mean(names.F1),
+        vision_gain=mean(names.VISION_GAIN),
+        micro_batch=number(params.get("training.per_device_train_batch_size")),
+        accumulation=number(params.get("training.gradient_accumulation_steps")),
+        blocks=params.get("strategy.vision.blocks", ""),
+        method=params.get("strategy.vision.method", ""),
+        rank=params.get("tuner.lora_rank", ""),
+        vit_lr=number(params.get("training.vit_lr")),
+        augmented=params.get("custom.augmentation.enabled") == "true",
+        after_the_end={int(step): loss for step, loss in printed.get("after_the_end", {}).items()},
+        facts=facts,
+        gate=frozenset(run.tags.get(names.TAG_GATE, "") for run in runs),
+    )
+
+
+def known(value: float) -> bool:
+    """Whether there is a value."""
+    return not math.isnan(value)
