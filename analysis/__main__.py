@@ -222,7 +222,6 @@ def _console() -> Console:
 def main() -> NoReturn:
     """Run a command; the exit status says how it ended."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for every small file says nothing
     try:
         cli(prog_name="python -m analysis", standalone_mode=False)
         sys.exit(0)

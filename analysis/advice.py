@@ -10,9 +10,9 @@ from functools import cache
 from analysis.checks import Finding
 from analysis.effects import BLOCKS, METHOD, METHODS
 from analysis.ranking import TRAINABLE, Ranking, Row
+from analysis.runs import Run
 from analysis.settings import number, same
 from analysis.statistics import Difference, seeds_to_settle
-from analysis.store import Run
 from trainer import names
 from trainer.config.load import DEFAULT_PROFILE, load
 from trainer.config.places import experiments_dir
@@ -130,7 +130,8 @@ def _command(strategy: str, run: Run, given: Mapping[str, str]) -> str:
     values = {"profile": profile} if profile not in ("", DEFAULT_PROFILE) else {}
     values |= {"seed" if key == _SEED else key: value for key, value in given.items()}
     told = "".join(f" -P {shlex.quote(f'{key}={value}')}" for key, value in values.items())
-    return f"mlflow run . -e {strategy} --env-manager local{told}"
+    where = f" --experiment-name {shlex.quote(run.experiment)}" if run.experiment else ""
+    return f"mlflow run . -e {strategy} --env-manager local{where}{told}"
 
 
 def _given(run: Run) -> dict[str, str] | None:

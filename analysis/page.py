@@ -25,7 +25,8 @@ a { color: var(--link); }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { background: var(--soft); } td:first-child { min-width: 6rem; }
+td { white-space: nowrap; }
+th { background: var(--soft); }
 img { display: block; width: 100%; max-width: 44rem; height: auto; margin: 1rem 0; }
 pre { overflow-x: auto; padding: .8rem; background: var(--soft); font-size: .8125rem; }
 code { font-family: ui-monospace, "SFMono-Regular", Consolas, monospace; font-size: .9em; }

@@ -268,6 +268,9 @@ def sweep(ranking: Ranking, name: str) -> Figure | None:
         )  # fmt: skip
     if name != "blocks":
         plot.set_xscale("log")
+    values = sorted({x for points in lines.values() for x, _ in points})
+    plot.set_xticks(values, [f"{x:g}" for x in values])
+    plot.set_xticks([], minor=True)
     plot.set(xlabel=label, ylabel=ranking.by)
     _legend(figure, plot)
     return figure

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from analysis.store import Imported
+from analysis.runs import Imported
 from trainer import names
 from trainer.config.places import experiments_dir
 from trainer.errors import UserError

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.curves import Curve
+from analysis.runs import Run
 from analysis.settings import differing, number, same
 from analysis.statistics import Difference, Estimate, all_differences, estimate
-from analysis.store import Run
 from trainer import names
 from trainer.config.problems import nearest
 from trainer.errors import UserError

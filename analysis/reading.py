@@ -9,7 +9,8 @@ from rich.progress import Progress, TextColumn
 from analysis.comparison import CURVES_NEEDED, Comparison
 from analysis.curves import Curve
 from analysis.ranking import CURVES, At, Ranking, Reading, direction, rank, read, why_excluded
-from analysis.store import Run, Store
+from analysis.runs import Run
+from analysis.store import Store
 from trainer.errors import UserError
 
 _AT_ONCE = 200

@@ -11,7 +11,7 @@ from typing import Any
 from analysis.advice import command_of, next_steps, recommendation
 from analysis.checks import careful_reading
 from analysis.comparison import AXES, Comparison, mean_at, round_points
-from analysis.effects import Effects, arm_by_domain, by_domain, depth_by_method
+from analysis.effects import arm_by_domain, by_domain, depth_by_method
 from analysis.page import plain, table
 from analysis.ranking import COST, LEARNED, LOSS, Ranking, Row, verdict
 from analysis.records import OverRecords
@@ -66,9 +66,9 @@ def document(material: Material) -> str:
         _head(material),
         _summary(ranking),
         _compared(ranking),
-        _final(ranking),
+        _final(material),
         _curves(material),
-        _two_by_two(depth_by_method(ranking), ranking),
+        _two_by_two(material),
         _domains(material),
         _certainty(material),
         _findings(ranking),
@@ -126,7 +126,8 @@ def _compared(ranking: Ranking) -> Iterator[str]:
     yield ""
 
 
-def _final(ranking: Ranking) -> Iterator[str]:
+def _final(material: Material) -> Iterator[str]:
+    ranking = material.ranking
     yield from ("## Metrics", "", f"Read at {ranking.at}. {NOTE}", "")
     for group in (LOSS, LEARNED, COST):
         columns = [column for column in columns_of(ranking) if column.group == group]
@@ -137,13 +138,12 @@ def _final(ranking: Ranking) -> Iterator[str]:
                 [[plain(row.label), *(cell(row.estimates[c.key], c) for c in columns)] for row in ranking.rows],
             )
             yield ""
+    yield from _figures(material, "gap_bars", "costs")
 
 
 def _curves(material: Material) -> Iterator[str]:
     yield from ("## Curves", "")
-    for name in material.figures:
-        if name in ("eval_loss", "train_loss", "gap", "learning_rate"):
-            yield from _figure(name)
+    yield from _figures(material, "eval_loss", "train_loss", "gap", "learning_rate")
     metric, axis = material.comparison.loss, material.axis
     points = material.points or round_points(material.comparison, metric, axis)
     if not points:
@@ -158,8 +158,11 @@ def _curves(material: Material) -> Iterator[str]:
     yield ""
 
 
-def _two_by_two(effects: Effects | None, ranking: Ranking) -> Iterator[str]:
+def _two_by_two(material: Material) -> Iterator[str]:
+    ranking = material.ranking
+    effects = depth_by_method(ranking)
     yield from ("## Depth and method", "")
+    yield from _figures(material, "blocks", "vit_lr", "rank")
     if effects is None:
         yield "No two depths were each trained with LoRA and fully: there is no 2x2 to take apart."
         yield ""
@@ -203,8 +206,7 @@ def _domains(material: Material) -> Iterator[str]:
     if not results:
         yield from ("No loss by domain was logged.", "")
         return
-    if "domains" in material.figures:
-        yield from _figure("domains")
+    yield from _figures(material, "domains")
     rows = []
     for result in results:
         first, second, *_ = result.losses
@@ -341,9 +343,9 @@ def _common(ranking: Ranking) -> Iterator[str]:
         values = {run.params.get(key) for run in runs}
         if len(values) == 1 and is_setting(key) and (value := values.pop()) not in (None, "null"):
             section, _, rest = key.rpartition(".")
-            sections.setdefault(section or "-", []).append(f"{plain(rest)} {plain(_short(value))}")
-    yield from table(["section", "the same in all runs; what is not set is left out"],
-                     [[f"`{section}`", "; ".join(values)] for section, values in sections.items()])  # fmt: skip
+            sections.setdefault(section or "top level", []).append(f"{plain(rest)} {plain(_short(value))}")
+    yield from ("The same in all runs; what is not set is left out.", "")
+    yield from (f"- `{section}`: {'; '.join(values)}" for section, values in sections.items())
     yield ""
     if ranking.excluded:
         yield from ("Not ranked:", "")
@@ -351,8 +353,11 @@ def _common(ranking: Ranking) -> Iterator[str]:
         yield ""
 
 
-def _figure(name: str) -> list[str]:
-    return [f"![{FIGURES[name]}](figures/{name}.png)", "", f"*{FIGURES[name]}*", ""]
+def _figures(material: Material, *wanted: str) -> Iterator[str]:
+    """Those of these figures that were drawn, each with what it shows below it."""
+    for name in wanted:
+        if name in material.figures:
+            yield from (f"![{FIGURES[name]}](figures/{name}.png)", "", f"*{FIGURES[name]}*", "")
 
 
 def _mean(row: Row, key: str) -> str:

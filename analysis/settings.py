@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from analysis.store import Run
+from analysis.runs import Run
 from trainer import names
 from trainer.config.load import SHORT_NAMES
 

@@ -22,6 +22,10 @@ MUST_AGREE = {
 """Tag or param -> what it is of; runs in one ranking should have the same."""
 
 
+_ELSE = {names.TAG_BASE_DIGEST: "model.model"}
+"""Param that stands for a tag where that one is missing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Arm:
     """What is known of one arm, from a report or from runs; nan, empty or None where it is not."""
@@ -110,7 +114,10 @@ def _arm(row: Row, by: str, printed: Mapping[str, Any]) -> Arm:
 
     runs = [reading.run for reading in row.readings]
     params = runs[0].params
-    facts = {key: frozenset(v for run in runs if (v := run.tags.get(key) or run.params.get(key))) for key in MUST_AGREE}
+    facts = {
+        key: frozenset(v for run in runs if (v := run.tags.get(key) or run.params.get(_ELSE.get(key, key))))
+        for key in MUST_AGREE
+    }
     return Arm(
         name=row.label,
         n_seeds=len(runs),

@@ -7,7 +7,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from analysis.curves import SMOOTHING, last_write_wins
-from analysis.store import Imported
+from analysis.runs import Imported
 from trainer import names
 from trainer.errors import UserError
 

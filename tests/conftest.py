@@ -160,3 +160,8 @@ def make_parts() -> MakeParts:
         )
 
     return build
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--screenshots docs` keeps what the browser tests see, for the documentation."""
+    parser.addoption("--screenshots", help="folder that the browser tests write their screenshots to")

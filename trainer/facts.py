@@ -93,10 +93,11 @@ def log_checkpoints(tracker: Tracker, checkpoints: Mapping[str, CheckpointSaved]
     """Where the checkpoints are, their manifests, and which of them is the run's result."""
     if "last" in checkpoints:
         tracker.tags({names.TAG_RESULT: result_of(checkpoints, best).kind})
+    folders = {kind: Path(saved.path).resolve() for kind, saved in checkpoints.items()}
     manifests = {
-        kind: {"path": saved.path, **json.loads((Path(saved.path) / MANIFEST).read_text(encoding="utf-8"))}
-        for kind, saved in checkpoints.items()
-        if (Path(saved.path) / MANIFEST).is_file()
+        kind: {"path": str(folder), **json.loads((folder / MANIFEST).read_text(encoding="utf-8"))}
+        for kind, folder in folders.items()
+        if (folder / MANIFEST).is_file()
     }
     tracker.text(json.dumps(manifests, indent=1), names.ARTIFACT_CHECKPOINTS)
 

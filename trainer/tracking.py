@@ -33,6 +33,7 @@ from trainer.errors import TrackingError, UserError
 _PARAM_LENGTH = 6000  # MLflow's own limit; whether it cuts or refuses what is longer is a setting of its user
 _SHORT_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}  # seconds
 _INTERRUPTED = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+_SCHEMA = re.compile(r"database schema \(found version (\w+)")
 _SECRET = re.compile(r"(?i)([?&][^=&]*(?:pass|pwd|token|secret)[^=&]*=)[^&#]*")
 
 
@@ -274,12 +275,28 @@ def told(uri: str) -> Iterator[None]:
         raise
     except (MlflowException, SQLAlchemyError, ImportError, OSError, ValueError) as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0].replace(uri, without_password(uri))
+        if schema := _SCHEMA.search(text):
+            raise _other_schema(uri, schema[1]) from None
         raise TrackingError(
             f"MLFLOW_TRACKING_URI ({without_password(uri)})",
             text,
             "a database (sqlite:///mlflow.db, postgresql://...) or a running MLflow server (http://...)",
             "start the server or correct MLFLOW_TRACKING_URI",
         ) from None
+
+
+def _other_schema(uri: str, version: str) -> TrackingError:
+    """A database of another MLflow; MLflow itself advises to upgrade it, also where it is the newer one."""
+    migrations = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
+    older = any(migrations.glob(f"{version}_*.py"))
+    return TrackingError(
+        f"MLFLOW_TRACKING_URI ({without_password(uri)})",
+        f"a store made by {'an older' if older else 'a newer'} MLflow (database schema {version})",
+        f"the schema of MLflow {mlflow.__version__}",
+        f"back it up, then: mlflow db upgrade {without_password(uri)}"
+        if older
+        else "use that newer MLflow here, or another store",
+    )
 
 
 def _adopt(client: MlflowClient, run_id: str, run_name: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 from analysis.checks import CHECKS, careful_reading
 from analysis.published import published_files, published_runs
 from analysis.ranking import At, Reading, rank, read
-from analysis.store import Run
+from analysis.runs import Run
 from analysis.subject import Arm, Subject, subject_of
 from tests.analysis.test_ranking import readings
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -157,3 +158,9 @@ def test_an_unreachable_server_and_a_store_of_a_newer_mlflow_are_told(tmp_path: 
     """One message each."""
     gone = analysis("rank", store="http://127.0.0.1:9", cwd=tmp_path)
     assert gone.returncode == 2 and "error: MLFLOW_TRACKING_URI" in gone.stderr and "Traceback" not in gone.stderr
+    store = empty_store(tmp_path)
+    for version, told in (("ffffffffffff", "a newer MLflow"), ("451aebb31d03", "mlflow db upgrade")):
+        with sqlite3.connect(store.removeprefix("sqlite:///")) as database:
+            database.execute("UPDATE alembic_version SET version_num = ?", [version])
+        other = analysis("rank", store=store, cwd=tmp_path)
+        assert other.returncode == 2 and told in other.stderr and "Traceback" not in other.stderr

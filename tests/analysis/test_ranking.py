@@ -8,7 +8,7 @@ import pytest
 
 from analysis.curves import Curve, last_write_wins
 from analysis.ranking import At, Reading, arms, parse_at, rank, read, verdict, why_excluded
-from analysis.store import Run
+from analysis.runs import Run
 from trainer.errors import UserError
 
 LOSS = "eval/loss"

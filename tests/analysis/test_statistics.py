@@ -10,9 +10,11 @@ from scipy import stats
 
 from analysis.statistics import (
     all_differences,
+    contrast,
     difference,
     estimate,
     holm,
+    interaction,
     paired_bootstrap,
     seeds_to_settle,
 )
@@ -188,3 +190,75 @@ def test_seeds_to_settle_are_as_many_as_give_the_power() -> None:
     assert seeds_to_settle(found) == 10
     untested = difference("a", "b", {"a": {"1": 1.0}, "b": {"1": 2.0}})
     assert seeds_to_settle(untested) is None
+
+
+# --- effects ------------------------------------------------------------------------------------------------------
+
+
+def test_a_contrast_of_two_is_their_paired_difference() -> None:
+    """Weights 1 and -1: the same estimate, over the blocks that both have."""
+    values = {"a": {"1": 0.5, "2": 0.6, "3": 0.7}, "b": {"1": 0.4, "2": 0.7, "4": 9.0}}
+    assert contrast({"b": 1, "a": -1}, values) == difference("a", "b", values).estimate
+
+
+def test_effects_of_a_2x2_by_hand() -> None:
+    """Cells 1, 2, 3, 8 and 2, 3, 4, 11: main effects (3+8-1-2)/2 = 4 and 5, interaction 8-3-2+1 = 4 and 6."""
+    values = {
+        "a": {"1": 1.0, "2": 2.0},
+        "b": {"1": 2.0, "2": 3.0},
+        "c": {"1": 3.0, "2": 4.0},
+        "d": {"1": 8.0, "2": 11.0},
+    }
+    main = contrast({"a": -0.5, "b": -0.5, "c": 0.5, "d": 0.5}, values)
+    assert main == estimate([4, 5])
+    assert contrast({"a": 1, "b": -1, "c": -1, "d": 1}, values) == estimate([4, 6])
+
+
+def test_a_contrast_without_two_shared_seeds_has_no_interval() -> None:
+    """Means are subtracted; how sure that is, is not invented."""
+    found = contrast({"a": -1, "b": 1}, {"a": {"1": 1.0, "2": 2.0}, "b": {"3": 4.0}})
+    assert (found.mean, found.n) == (2.5, 1) and math.isnan(found.low)
+
+
+def test_the_interaction_is_that_of_a_linear_model() -> None:
+    """F from residual sums of squares of two models with all margins of seeds, with and without arm x domain."""
+    generator = np.random.default_rng(3)
+    seeds, a, b = 4, 3, 2
+    y = generator.normal(size=(seeds, a, b)) + generator.normal(size=(seeds, 1, 1))
+    y[:, 0, 0] += 1.0
+    found = interaction(y)
+
+    def residual(*terms: str) -> float:
+        codes = dict(zip("sab", np.indices((seeds, a, b)).reshape(3, -1), strict=True))
+        columns = [np.ones(y.size)]
+        for term in terms:
+            key = sum(codes[letter] * 10**i for i, letter in enumerate(term))
+            columns += [(key == value).astype(float) for value in np.unique(key)]
+        design = np.stack(columns, axis=1)
+        fitted = design @ np.linalg.lstsq(design, y.ravel(), rcond=None)[0]
+        return float(((y.ravel() - fitted) ** 2).sum())
+
+    without, full = residual("sa", "sb"), residual("sa", "sb", "ab")
+    degrees = ((a - 1) * (b - 1), (a - 1) * (b - 1) * (seeds - 1))
+    f = (without - full) / degrees[0] / (full / degrees[1])
+    assert found.freedom == degrees
+    assert found.f == pytest.approx(f, rel=1e-9)
+    assert found.p == pytest.approx(float(stats.f.sf(f, *degrees)), rel=1e-9)
+
+
+def test_arms_that_differ_alike_in_every_domain_do_not_interact() -> None:
+    """Parallel rows: size 0; one seed has no test."""
+    parallel = np.array([[[0.5, 0.7], [0.6, 0.8]]])
+    found = interaction(parallel)
+    assert found.size == pytest.approx(0, abs=1e-12) and math.isnan(found.p)
+    crossed = interaction(np.array([[[0.0, 1.0], [1.0, 0.0]]]))
+    assert crossed.size == pytest.approx(0.5)
+
+
+def test_of_many_strategies_only_pairs_with_the_first_are_compared() -> None:
+    """41 arms, 820 pairs: 40 are looked at, and p counts all 820 (Bonferroni), which Holm over all never exceeds."""
+    generator = np.random.default_rng(5)
+    values = {f"arm{i:02}": {str(seed): float(generator.normal()) + (i > 0) for seed in range(5)} for i in range(41)}
+    found = all_differences(values)
+    assert [(pair.first, pair.second) for pair in found] == [("arm00", f"arm{i:02}") for i in range(1, 41)]
+    assert all(pair.p_adjusted == min(1.0, 820 * pair.p) for pair in found)

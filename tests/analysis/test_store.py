@@ -96,13 +96,15 @@ def test_a_filter_takes_plain_names(store: Store) -> None:
 @pytest.mark.parametrize("cut", [7, 10, 25])
 def test_an_answer_that_was_cut_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int) -> None:
     """In the middle of a run, between two, and inside the only one that was asked for."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", empty_store(tmp_path))
-    monkeypatch.setattr(door, "BULK_ROWS", cut)
-    client = MlflowClient(Store().uri)
+    store = empty_store(tmp_path)
+    client = MlflowClient(store)
     runs = [new_run(client, "cut", "arm") for _ in range(4)]
     for number, run in enumerate(runs):
         log_curve(client, run, "eval/loss", [float(number)] * 10)
-    curves = Store().curves([run.info.run_id for run in runs], "eval/loss")
+    monkeypatch.setattr(door, "BULK_ROWS", cut)
+    with mlflow_server(tmp_path, store) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{address}")
+        curves = Store().curves([run.info.run_id for run in runs], "eval/loss")
     assert [curves[run.info.run_id].values.tolist() for run in runs] == [[float(n)] * 10 for n in range(4)]
 
 
@@ -111,9 +113,10 @@ def test_points_that_are_not_numbers_come_back(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("MLFLOW_TRACKING_URI", empty_store(tmp_path))
     client = MlflowClient(Store().uri)
     run = new_run(client, "odd", "arm")
-    log_curve(client, run, "train/loss", [1.0, math.nan, 0.5])
+    log_curve(client, run, "train/loss", [1.0, math.nan, 0.5, math.inf, -math.inf])
     curve = Store().curves([run.info.run_id], "train/loss")[run.info.run_id]
-    assert curve.n_not_finite == 1 and curve.values[[0, 2]].tolist() == [1.0, 0.5]
+    assert curve.n_not_finite == 3 and curve.values[[0, 2, 3, 4]].tolist() == [1.0, 0.5, math.inf, -math.inf]
+    assert next(Store().runs()).metrics["train/loss"] == -math.inf
 
 
 @pytest.mark.parametrize(

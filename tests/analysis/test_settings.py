@@ -1,0 +1,38 @@
+"""Params of runs as settings: what makes an arm, and when two spellings are the same value."""
+
+import pytest
+
+from analysis.settings import differing, is_setting, same
+from tests.analysis.test_ranking import run
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["training.seed", "seed", "profile", "model", "max_steps", "output_dir", "tracking.probe_records", "launch.nproc",
+     "trainable_parameters/total", "vision.blocks_resolved", "dtype/vision"],
+)  # fmt: skip
+def test_what_makes_no_arm(key: str) -> None:
+    """Seeds, folders, tracking; short names that `mlflow run` logs beside ours; what follows from the settings."""
+    assert not is_setting(key)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [("1e-4", "0.0001", True), ("no", "false", True), ("True", "true", True), ("8", "8.0", True), ("8", "16", False),
+     ("last-6", "last-6", True), ("null", None, False)],
+)  # fmt: skip
+def test_spellings_of_one_value(one: str, other: str | None, equal: bool) -> None:
+    """`mlflow run -P training.vit_lr=1e-4` logs what was typed."""
+    assert (same(one) == same(other)) is equal
+
+
+def test_where_runs_differ() -> None:
+    """Strategy first; a param that was typed otherwise is no difference; what is derived is told where wanted."""
+    runs = [
+        run(seed=17, params={"model.model": "a", "strategy.vision.blocks": "all", "training.vit_lr": "1e-4",
+                             "seed": "17"}),
+        run(seed=18, params={"model.model": "b", "strategy.vision.blocks": "last-6", "training.vit_lr": "0.0001",
+                             "trainable_parameters/total": "5"}),
+    ]  # fmt: skip
+    assert differing(runs) == ["strategy.vision.blocks", "model.model"]
+    assert differing(runs, derived=True) == ["strategy.vision.blocks", "model.model", "trainable_parameters/total"]
