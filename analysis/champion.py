@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 from analysis.ranking import Ranking, Reading, direction
@@ -54,7 +55,7 @@ def promote(store: Store, ranking: Ranking, model: str, alias: str, *, anyway: b
         names.TAG_SEED: best.run.seed,
         names.TAG_COMPARISON: store.comparison_run(runs),
         "distinguishable": "yes" if distinguishable else "no, promoted anyway",
-        **{name: f"{best.run.metrics[name]:.6g}" for name in _TOLD if name in best.run.metrics},
+        **{name: f"{best.values[name]:.6g}" for name in _TOLD if not math.isnan(best.values[name])},
     }
     return store.promote(best.run.id, folder, model, alias, tags), best
 

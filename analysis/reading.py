@@ -1,6 +1,8 @@
 """From the store to a ranking: runs page by page, what cannot be ranked with the reason, curves for what is drawn."""
 
-from collections.abc import Iterable, Iterator
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 
 from rich.console import Console
@@ -9,8 +11,10 @@ from rich.progress import Progress, TextColumn
 from analysis.comparison import CURVES_NEEDED, Comparison
 from analysis.curves import Curve
 from analysis.ranking import CURVES, At, Ranking, Reading, direction, rank, read, why_excluded
-from analysis.runs import Run
+from analysis.runs import PARENT, Run
+from analysis.settings import DERIVED, is_setting
 from analysis.store import Store
+from trainer import names
 from trainer.errors import UserError
 
 _AT_ONCE = 200
@@ -37,6 +41,7 @@ def read_ranking(
     readings: list[Reading] = []
     excluded: list[tuple[Run, str]] = []
     n_not_finite = 0
+    shared = _Shared()
     found_runs = _with_progress(store.runs(experiment, where))
     while runs := list(islice(found_runs, _AT_ONCE)):
         reasons = {run.id: why_excluded(run) for run in runs}
@@ -52,7 +57,7 @@ def read_ranking(
             if isinstance(found, str):
                 excluded.append((run, found))
             else:
-                readings.append(found)
+                readings.append(replace(found, run=shared.lean(run)))
     if not readings and not excluded:
         raise UserError(
             str(store),
@@ -79,6 +84,37 @@ def read_comparison(store: Store, experiment: str | None, where: str | None, by:
     return Comparison(
         ranking, {run_id: {metric: of_runs[run_id] for metric, of_runs in by_metric.items()} for run_id in run_ids}
     )
+
+
+class _Shared:
+    """What many runs have in common, kept once: ten thousand of them else take a hundred megabytes."""
+
+    def __init__(self) -> None:
+        """Nothing is known yet."""
+        self._texts: dict[str, str] = {}
+        self._settings: dict[tuple[tuple[str, str], ...], Mapping[str, str]] = {}
+
+    def lean(self, run: Run) -> Run:
+        """The run with shared settings, without MLflow's own tags, and of its metrics those by domain alone."""
+        own, settings = {}, []
+        for key, value in run.params.items():
+            pair = self._text(key), self._text(value)
+            if is_setting(key) or key.startswith(DERIVED):
+                settings.append(pair)
+            else:
+                own[pair[0]] = pair[1]
+        common = self._settings.setdefault(tuple(settings), dict(settings))
+        return replace(
+            run,
+            params=ChainMap(own, common),  # type: ignore[arg-type]  # read only, as the type of `params` says
+            tags={
+                self._text(k): self._text(v) for k, v in run.tags.items() if k == PARENT or not k.startswith("mlflow.")
+            },
+            metrics={self._text(k): v for k, v in run.metrics.items() if k.startswith(names.EVAL_LOSS_BY_DOMAIN)},
+        )
+
+    def _text(self, text: str) -> str:
+        return self._texts.setdefault(text, text)
 
 
 def _with_progress(runs: Iterable[Run]) -> Iterator[Run]:

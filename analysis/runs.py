@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from trainer import names
 
+PARENT = "mlflow.parentRunId"
+"""Tag of a run below another; the name is MLflow's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Run:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from analysis.runs import Run
 from trainer import names
@@ -24,6 +24,7 @@ _FIRST = ("strategy.", "tuner.", "training.", "custom.augmentation.", "model.", 
 _BOOLEANS = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
 
 
+@cache
 def is_setting(key: str) -> bool:
     """Whether a param says how a run was meant to be; `mlflow run` logs its short names (`seed`, `model`) as well."""
     return not key.startswith((*_MAKE_NO_ARM, *DERIVED)) and key not in _TWICE

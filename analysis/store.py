@@ -19,12 +19,12 @@ from mlflow.entities import Metric, Param, ViewType
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.dbmodels.models import SqlMetric
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from mlflow.utils.rest_utils import http_request_safe
 from sqlalchemy import select
 
 from analysis.curves import Curve, last_write_wins
-from analysis.runs import Imported, Run
+from analysis.runs import PARENT, Imported, Run
 from trainer import names
 from trainer.config.problems import nearest
 from trainer.errors import TrackingError
@@ -197,7 +197,7 @@ class Store:
         Args:
             runs: at least one.
         """
-        parents = {run.tags.get(MLFLOW_PARENT_RUN_ID) for run in runs}
+        parents = {run.tags.get(PARENT) for run in runs}
         if len(parents) == 1 and (parent := parents.pop()):
             return parent
         key = hashlib.sha256(" ".join(sorted(run.id for run in runs)).encode()).hexdigest()[:32]

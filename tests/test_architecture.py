@@ -136,7 +136,7 @@ ANALYSIS_MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tensorboard": ("curves", "runs"),
     "settings": ("runs",),
     "ranking": ("curves", "runs", "settings", "statistics"),
-    "reading": ("comparison", "curves", "ranking", "runs", "store"),
+    "reading": ("comparison", "curves", "ranking", "runs", "settings", "store"),
     "comparison": ("curves", "ranking"),
     "subject": ("ranking", "settings"),
     "checks": ("subject",),

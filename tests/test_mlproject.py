@@ -23,7 +23,7 @@ from trainer.config.load import load
 PROJECT = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
 ENTRY_POINTS: dict[str, dict[str, Any]] = PROJECT["entry_points"]
 STRATEGIES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml") if path.stem != "base")
-ANALYSIS = {"rank", "plot", "import_published", "import_tensorboard"}
+ANALYSIS = {"rank", "plot", "report", "promote", "import_published", "import_tensorboard"}
 EXPERIMENT = "X"
 
 
