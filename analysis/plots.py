@@ -242,33 +242,38 @@ SWEEPS: dict[str, tuple[str, Callable[[Row], float], tuple[str, ...]]] = {
 }
 """Figure -> label of x, x of an arm, params that arms on one line share."""
 
+_TOLD = {_RANK: "rank ", _VIT_LR: "rate "}
+
 
 def sweep(ranking: Ranking, name: str) -> Figure | None:
-    """The ranked metric against one setting: a line for arms that share the others, with 95 % intervals over seeds."""
+    """The ranked metric against one setting: a line for arms that share the others, with 95 % intervals over seeds.
+
+    Of several arms at one place of a line, the best is drawn.
+    """
     label, place, shared = SWEEPS[name]
-    lines: dict[tuple[str, ...], list[tuple[float, Row]]] = {}
-    for row in ranking.rows:
+    lines: dict[str, dict[float, Row]] = {}
+    for row in ranking.rows:  # the best first
         params = row.readings[0].run.params
         if params.get(METHOD) in METHODS and row.estimates[ranking.by].n and not np.isnan(place(row)):
-            lines.setdefault(tuple(params.get(key, "") for key in shared), []).append((place(row), row))
-    lines = {key: sorted(points, key=lambda p: p[0]) for key, points in lines.items()}
-    lines = {key: points for key, points in lines.items() if len({x for x, _ in points}) > 1}
+            text = ", ".join(f"{_TOLD[key]}{_param(row, key):g}" if key in _TOLD else params.get(key, "")
+                             for key in shared)  # fmt: skip
+            lines.setdefault(text, {}).setdefault(place(row), row)
+    lines = {text: dict(sorted(points.items())) for text, points in lines.items() if len(points) > 1}
     if not lines:
         return None
     figure, plot = _one()
-    told = {", ".join(key): points for key, points in lines.items()}
-    styles = looks([*told])
-    for text, points in told.items():
+    styles = looks([*lines])
+    for text, points in lines.items():
         look = styles[text]
-        found = [row.estimates[ranking.by] for _, row in points]
+        found = [row.estimates[ranking.by] for row in points.values()]
         errors = [0.0 if (error := _error(one)) is None else error for one in found]
         plot.errorbar(
-            [x for x, _ in points], [one.mean for one in found], yerr=errors, label=text, color=look.colour,
+            [*points], [one.mean for one in found], yerr=errors, label=text, color=look.colour,
             linestyle=look.line, marker=look.marker, capsize=2.5, linewidth=1.2,
         )  # fmt: skip
     if name != "blocks":
         plot.set_xscale("log")
-    values = sorted({x for points in lines.values() for x, _ in points})
+    values = sorted({x for points in lines.values() for x in points})
     plot.set_xticks(values, [f"{x:g}" for x in values])
     plot.set_xticks([], minor=True)
     plot.set(xlabel=label, ylabel=ranking.by)

@@ -29,7 +29,7 @@ FIGURES = {
     "learning_rate": "Learning rate of the vision part.",
     "gap_bars": "Gap at the end, with 95 % intervals over seeds.",
     "costs": "The ranked metric against what it cost; the dotted line joins arms that no other beats in both.",
-    "blocks": "The ranked metric against the number of trained vision blocks.",
+    "blocks": "The ranked metric against the number of trained vision blocks; of several arms at one depth, the best.",
     "vit_lr": "The ranked metric against the vision learning rate, arms that differ in nothing else.",
     "rank": "The ranked metric against the LoRA rank, arms that differ in nothing else.",
     "domains": "Eval loss by domain, the lowest of each in bold; shade: how far above it.",

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from analysis.comparison import CURVES_NEEDED, Comparison, along, default_axis
 from analysis.curves import Curve, last_write_wins
-from analysis.plots import draw, looks, over_seeds, pareto
-from analysis.ranking import At, Reading, rank, read
+from analysis.plots import draw, looks, over_seeds, pareto, sweep
+from analysis.ranking import At, Ranking, Reading, rank, read
 from tests.analysis.test_ranking import run
 
 
@@ -102,3 +103,49 @@ def test_what_was_not_logged_is_not_drawn(tmp_path: Path) -> None:
     ranking = rank([reading], "eval/loss", At())
     empty = {reading.run.id: {metric: curve({}) for metric in CURVES_NEEDED}}
     assert draw(Comparison(ranking, empty), tmp_path, "steps") == []
+
+
+def swept(settings: list[tuple[str, str, str, str]]) -> Ranking:
+    """Arms of (blocks, method, vit_lr, rank), each with two seeds."""
+    found = []
+    for place, (blocks, method, rate, lora_rank) in enumerate(settings):
+        n = 24 if blocks == "all" else int(blocks.removeprefix("last-"))
+        params = {
+            "strategy.vision.blocks": blocks, "strategy.vision.method": method, "training.vit_lr": rate,
+            "tuner.lora_rank": lora_rank, "vision.blocks_resolved": str([*range(24 - n, 24)]),
+        }  # fmt: skip
+        for seed in (1, 2):
+            one = read(run("arm", seed, 0.5 + 0.01 * place + 0.001 * seed, params=params, id=f"{place}-{seed}"),
+                       "eval/loss", At(), {})  # fmt: skip
+            assert isinstance(one, Reading)
+            found.append(one)
+    return rank(found, "eval/loss", At())
+
+
+def lines_of(figure: Figure) -> dict[str, tuple[list[float], list[float]]]:
+    """Label -> x and y of each line of a sweep."""
+    (plot,) = figure.axes
+    return {
+        str(container.get_label()): (container.lines[0].get_xdata().tolist(), container.lines[0].get_ydata().tolist())
+        for container in plot.containers
+    }
+
+
+def test_a_sweep_is_a_line_of_arms_that_share_the_rest() -> None:
+    """Three depths by LoRA, two rates at last-6, two ranks at last-6: a line each; arms alone are on none."""
+    ranking = swept(
+        [("last-4", "lora", "1e-4", "16"), ("last-6", "lora", "1e-4", "16"), ("last-8", "lora", "1e-4", "16"),
+         ("last-6", "lora", "2e-4", "16"), ("last-6", "lora", "1e-4", "32"), ("all", "full", "3e-5", "16")]
+    )  # fmt: skip
+    by_blocks = lines_of(sweep(ranking, "blocks"))
+    assert by_blocks == {"lora": ([4, 6, 8], pytest.approx([0.5015, 0.5115, 0.5215]))}  # at six, the best of three
+    rates = lines_of(sweep(ranking, "vit_lr"))
+    assert rates == {"last-6, lora, rank 16": ([1e-4, 2e-4], pytest.approx([0.5115, 0.5315]))}
+    ranks = lines_of(sweep(ranking, "rank"))
+    assert ranks == {"last-6, lora, rate 0.0001": ([16, 32], pytest.approx([0.5115, 0.5415]))}
+
+
+def test_without_a_sweep_there_is_no_such_figure() -> None:
+    """Two arms that differ in everything."""
+    ranking = swept([("last-6", "lora", "1e-4", "16"), ("all", "full", "3e-5", "16")])
+    assert [sweep(ranking, name) for name in ("blocks", "vit_lr", "rank")] == [None] * 3
