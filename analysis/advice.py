@@ -25,6 +25,7 @@ _SEED, _VIT_LR, _RANK = "training.seed", "training.vit_lr", "tuner.lora_rank"
 
 EXPLAINED_BY = {
     "not_alike": "runs of different data, weights, code or number formats are compared",
+    "accumulation": "arms do not take equally many micro-batches in a step",
     "unequal_budget": "arms did not see the same amount of data",
     "rates_not_tuned": "every arm has a hand-set learning rate of its own",
     "gates": "not every run has passed a training gate",

@@ -300,7 +300,7 @@ def without_repeats(groups: Mapping[str, list[Reading]]) -> tuple[dict[str, list
                 repeats.append((reading.run, f"was repeated with the same seed in {newest[reading.block].run.id}"))
             else:
                 newest[reading.block] = reading
-        kept[label] = list(newest.values())
+        kept[label] = sorted(newest.values(), key=lambda reading: (number(reading.run.seed), reading.run.seed))
     return kept, repeats
 
 

@@ -15,6 +15,7 @@ from analysis.effects import arm_by_domain, by_domain, depth_by_method
 from analysis.page import plain, table
 from analysis.ranking import COST, LEARNED, LOSS, Ranking, Row, verdict
 from analysis.records import OverRecords
+from analysis.runs import Run
 from analysis.settings import differing, is_setting
 from analysis.statistics import Estimate
 from analysis.subject import subject_of
@@ -309,15 +310,26 @@ def _reproduce(material: Material) -> Iterator[str]:
          for what, tag in facts.items()],
     )  # fmt: skip
     yield ""
-    commands = [command for run in runs if (command := command_of(run))]
-    if commands:
-        yield from ("In a checkout of that commit:", "", *(f"    {line}" for line in dict.fromkeys(commands)), "")
+    if commands := [line for row in rows for line in _commands([reading.run for reading in row.readings])]:
+        yield from ("In a checkout of that commit:", "", *(f"    {line}" for line in commands), "")
     yield (
         "`resolved_config.yaml` among a run's artifacts holds every value that it ran with. Runs: "
         + ", ".join(f"{plain(run.name)} `{run.id}`" for run in runs)
         + "."
     )
     yield from ("", *_environment(material))
+
+
+def _commands(runs: Sequence[Run]) -> list[str]:
+    """Commands of an arm's runs; those that differ in nothing but the seed as one loop of the shell."""
+    seeds: dict[str, list[str]] = {}
+    for run in runs:
+        if command := command_of(run):
+            seeds.setdefault(command.replace(f" -P seed={run.seed}", " -P seed=$seed", 1), []).append(run.seed)
+    return [
+        f"for seed in {' '.join(of)}; do {command}; done" if len(of) > 1 else command.replace("$seed", of[0])
+        for command, of in seeds.items()
+    ]
 
 
 def _environment(material: Material) -> Iterator[str]:

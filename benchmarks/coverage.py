@@ -1,20 +1,20 @@
 """Simulates how often the intervals of `analysis` hold the truth, and how often its verdicts are wrong or find nothing.
 
-    python benchmarks/coverage.py                                                   # about two minutes
-    MLFLOW_TRACKING_URI=sqlite:///mlflow.db python benchmarks/coverage.py --runs     # also with residuals of real runs
+    python benchmarks/coverage.py        # about two minutes
 
-Prints Markdown. Losses are arm + seed + noise: arms of one seed see the same batches and share its effect.
+Prints Markdown. The real residuals are those of the recorded runs of the five arms (`results/five_arms`). Losses are
+arm + seed + noise: arms of one seed see the same batches and share its effect.
 """
 
 import argparse
 from collections.abc import Callable
 
 import numpy as np
+import recorded
 from rich.progress import track
 
-from analysis.ranking import At, Reading, arms, read, why_excluded
+from analysis.ranking import At, Reading, arms, read
 from analysis.statistics import all_differences, difference, estimate
-from analysis.store import Store
 from trainer import names
 
 SEEDS = (3, 5, 10)
@@ -77,9 +77,8 @@ def by_seed(values: np.ndarray, prefix: str = "") -> dict[str, float]:
 
 
 def residuals() -> np.ndarray:
-    """Final eval losses of the store's runs minus their arm's mean, scaled to deviation 1."""
-    good = [run for run in Store().runs() if why_excluded(run) is None]
-    readings = [r for r in (read(run, names.EVAL_LOSS, At(), {}) for run in good) if isinstance(r, Reading)]
+    """Final eval losses of the recorded runs minus their arm's mean, scaled to deviation 1."""
+    readings = [r for r in (read(run, names.EVAL_LOSS, At(), {}) for run in recorded.runs()) if isinstance(r, Reading)]
     left = []
     for members in arms(readings).values():
         values = np.array([reading.values[names.EVAL_LOSS] for reading in members])
@@ -94,12 +93,9 @@ def main() -> None:
     """Simulate and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=4000, help="simulated comparisons behind each number")
-    parser.add_argument("--runs", action="store_true", help="also draw from residuals of the store's runs")
     arguments = parser.parse_args()
-    draws = dict(DRAWS)
-    if arguments.runs:
-        pool = residuals()
-        draws["residuals of real runs"] = lambda generator, shape: generator.choice(pool, shape)
+    pool = residuals()
+    draws = DRAWS | {"residuals of real runs": lambda generator, shape: generator.choice(pool, shape)}
     generator = np.random.default_rng(20261125)
     cells = [(name, n) for name in draws for n in SEEDS]
     lines = [

@@ -147,8 +147,8 @@ ANALYSIS_MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tables": ("checks", "page", "ranking", "statistics", "subject"),
     "plots": ("comparison", "curves", "effects", "ranking", "settings", "statistics"),
     "sections": (
-        "advice", "checks", "comparison", "effects", "page", "ranking", "records", "settings", "statistics", "subject",
-        "tables",
+        "advice", "checks", "comparison", "effects", "page", "ranking", "records", "runs", "settings", "statistics",
+        "subject", "tables",
     ),
     "report": (
         "advice", "checks", "comparison", "page", "plots", "ranking", "records", "sections", "store", "subject",

@@ -130,6 +130,15 @@ def test_a_planted_fault_is_found_and_nothing_else(check: str) -> None:
     assert {finding.check for finding in careful_reading(PLANTED[check](sound()))} == {check}
 
 
+def test_over_all_synthetic_reports_none_is_missed_and_no_alarm_is_false() -> None:
+    """Counted: a fault planted in each of so many reports, and one without any."""
+    reports = {check: plant(sound()) for check, plant in PLANTED.items()} | {"": sound()}
+    found = {check: {finding.check for finding in careful_reading(report)} for check, report in reports.items()}
+    missed = sum(check not in of_report for check, of_report in found.items() if check)
+    false = sum(len(of_report - {check}) for check, of_report in found.items())
+    assert (len(reports) >= 10, missed, false) == (True, 0, 0)
+
+
 @pytest.mark.parametrize(
     "pair", [("one_seed", "gates"), ("overfitting", "f1_disagrees"), ("not_alike", "does_not_look")]
 )

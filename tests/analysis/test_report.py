@@ -121,9 +121,14 @@ def test_points_can_be_chosen_and_lie_between_evaluations() -> None:
 
 
 def test_the_commands_are_those_of_every_run(text: str) -> None:
-    """One a run, with its seed."""
-    commands = re.findall(r"^    mlflow run .* -P seed=(\d+)$", section(text, "Reproducibility"), re.MULTILINE)
-    assert len(commands) == len(recorded.runs())
+    """One an arm, as a loop over its seeds."""
+    loops = re.findall(
+        r"^    for seed in ([\d ]+); do mlflow run \. -e (\w+) .* -P seed=\$seed; done$",
+        section(text, "Reproducibility"),
+        re.MULTILINE,
+    )
+    found = {(arm, seed) for seeds, arm in loops for seed in seeds.split()}
+    assert found == {(run.strategy, run.seed) for run in recorded.runs()} and len(found) == 25
 
 
 # --- as it is typed -----------------------------------------------------------------------------------------------
