@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from analysis.curves import Curve, last_write_wins
 from analysis.ranking import At, Reading, arms, parse_at, rank, read, verdict, why_excluded
 from analysis.runs import Run
+from benchmarks import recorded
 from trainer.errors import UserError
 
 LOSS = "eval/loss"
@@ -186,3 +188,17 @@ def test_two_equal_arms_with_other_seeds_are_not_distinguishable() -> None:
     """A/A: draws of one distribution."""
     lines = verdict(rank(readings({"a": [0.51, 0.50, 0.52], "a again": [0.50, 0.52, 0.51]}), LOSS, At()))
     assert "It is not distinguishable from:" in lines and "It is distinguishable from:" not in lines
+
+
+# --- A/A on real runs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", sorted({run.strategy for run in recorded.runs()}))
+def test_two_halves_of_one_arm_are_not_distinguishable(strategy: str) -> None:
+    """The recorded seeds of an arm as two arms of their own, 17 and 18 against 19 to 21: nothing is found."""
+    runs = [one for one in recorded.runs() if one.strategy == strategy]
+    half = [replace(one, tags={**one.tags, "strategy": "early" if int(one.seed) < 19 else "late"}) for one in runs]
+    found = rank([r for r in (read(one, LOSS, At(), {}) for one in half) if isinstance(r, Reading)], LOSS, At())
+    (pair,) = found.differences
+    assert pair.method == "welch" and not pair.distinguishable
+    assert any("It is not distinguishable from" in line for line in verdict(found))
