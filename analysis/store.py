@@ -202,15 +202,16 @@ class Store:
             return parent
         key = hashlib.sha256(" ".join(sorted(run.id for run in runs)).encode()).hexdigest()[:32]
         experiment_id = runs[0].experiment_id
+        arms = ", ".join(sorted({run.strategy for run in runs}))
+        tags = {names.TAG_COMPARISON: key, MLFLOW_RUN_NAME: f"comparison of {arms}"[:200]}
         with told(self.uri):
             if own := os.environ.get("MLFLOW_RUN_ID"):
-                self._client.set_tag(own, names.TAG_COMPARISON, key)
+                for name, value in tags.items():
+                    self._client.set_tag(own, name, value)
                 return own
             found = self._client.search_runs([experiment_id], f"tags.`{names.TAG_COMPARISON}` = '{key}'")
             if found:
                 return str(found[0].info.run_id)
-            arms = sorted({run.strategy for run in runs})
-            tags = {names.TAG_COMPARISON: key, MLFLOW_RUN_NAME: "comparison of " + ", ".join(arms)[:200]}
             made: str = self._client.create_run(experiment_id, tags=tags).info.run_id
             self._client.set_terminated(made)
         return made
