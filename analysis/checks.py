@@ -129,7 +129,11 @@ def one_seed(subject: Subject) -> list[Finding]:
     found = [arm.name for arm in subject.arms if arm.n_seeds == 1]
     if not found:
         return []
-    who = "Every arm has" if len(found) == len(subject.arms) else f"{', '.join(found)}: each has"
+    who = (
+        "Every arm has"
+        if len(found) == len(subject.arms)
+        else f"{', '.join(found)} {'has' if len(found) == 1 else 'have'}"
+    )
     return [Finding("one_seed", f"{who} one seed: whether a difference is more than seed noise cannot be told.")]
 
 

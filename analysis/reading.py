@@ -119,7 +119,10 @@ class _Shared:
 
 def _with_progress(runs: Iterable[Run]) -> Iterator[Run]:
     """A count on the terminal while pages of a large store come in."""
-    with Progress(TextColumn("{task.completed} runs"), console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.completed} runs"), console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task("", total=None)
         for run in runs:
             yield run

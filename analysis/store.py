@@ -103,7 +103,7 @@ class Store:
                         [*experiments], condition, ViewType.ACTIVE_ONLY, PAGE, ["attributes.start_time DESC"], token
                     )
             except TrackingError as error:
-                if where is None or ("filter" not in error.got.lower() and "clause" not in error.got.lower()):
+                if where is None or not any(word in error.got.lower() for word in ("filter", "clause", "invalid")):
                     raise
                 raise TrackingError(
                     f"--where {where}",
