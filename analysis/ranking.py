@@ -231,11 +231,13 @@ def rank(
     # a row without a value, which is nan, comes last
     rows.sort(key=lambda row: (math.isnan(m := row.estimates[by].mean), worse * m, row.label))
     best = rows[0].estimates[by].mean if rows else NAN
-    rows = [
-        replace(row, margin=100 * worse * (row.estimates[by].mean - best) / abs(best) if best else NAN) for row in rows
-    ]
+    rows = [replace(row, margin=_percent_worse(worse * (row.estimates[by].mean - best), best)) for row in rows]
     values = {row.label: {reading.block: reading.values[by] for reading in row.readings} for row in rows}
     return Ranking(by, at, tuple(rows), tuple(all_differences(values)), tuple(excluded), n_not_finite)
+
+
+def _percent_worse(by_how_much: float, best: float) -> float:
+    return 100 * by_how_much / abs(best) + 0.0 if best else NAN  # + 0.0: never -0.0
 
 
 def direction(metric: str) -> str:

@@ -88,8 +88,8 @@ def _head(material: Material) -> Iterator[str]:
     yield f"# Comparison of {', '.join(labels) if len(labels) <= 6 else f'{len(labels)} arms'}"
     yield ""
     yield (
-        f"{n_runs} runs of {len(ranking.rows)} arms; ranked by `{ranking.by}`, read at {ranking.at}. "
-        f"Made on {material.made:%d %B %Y, %H:%M} UTC by `python -m analysis report` from the runs in MLflow."
+        f"{_counted(n_runs, 'run')} of {_counted(len(ranking.rows), 'arm')}; ranked by `{ranking.by}`, read at "
+        f"{ranking.at}. Made on {material.made:%d %B %Y, %H:%M} UTC by `python -m analysis report` from the runs in MLflow."
     )
     yield ""
 
@@ -205,7 +205,7 @@ def _domains(material: Material) -> Iterator[str]:
     results = by_domain(material.ranking)
     yield from ("## Domains", "")
     if not results:
-        yield from ("No loss by domain was logged.", "")
+        yield from ("No domain in which two arms or more were evaluated.", "")
         return
     yield from _figures(material, "domains")
     rows = []
@@ -383,6 +383,10 @@ def _plus_minus(found: Estimate) -> str:
 def _estimate(found: Estimate) -> list[str]:
     interval = "-" if math.isnan(found.low) else f"{found.low:+.4f} to {found.high:+.4f}"
     return [f"{found.mean:+.4f}", interval, str(found.n)]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _short(value: str) -> str:

@@ -88,19 +88,19 @@ class Subject:
 
 
 def subject_of(ranking: Ranking) -> Subject:
-    """What a ranking of runs says, as the checks read it; of published runs also what was printed about them."""
+    """What a ranking of runs says, as the checks read it.
+
+    Where all of them are published, also what was printed about them; margins only where the ranking is the one that they
+    were printed for.
+    """
     printed = [json.loads(row.readings[0].run.tags.get(names.TAG_PRINTED, "{}")) for row in ranking.rows]
-    claims: dict[str, Any] = {}
-    for of_arm in printed:
-        claims |= of_arm.get("claims", {})
+    claims: dict[str, Any] = printed[0].get("claims", {}) if printed and all(printed) else {}
     low, high = claims.get("effective_batch", (NAN, NAN))
+    as_printed = bool(claims) and ranking.by == names.EVAL_LOSS_SMOOTHED and ranking.at.kind == "final"
+    margins = {row.label: of_arm["margin"] for row, of_arm in zip(ranking.rows, printed, strict=True) if as_printed}
     return Subject(
         arms=[_arm(row, ranking.by, of_arm) for row, of_arm in zip(ranking.rows, printed, strict=True)],
-        margins={
-            row.label: of_arm["margin"]
-            for row, of_arm in zip(ranking.rows, printed, strict=True)
-            if of_arm.get("margin") is not None
-        },
+        margins={label: margin for label, margin in margins.items() if margin is not None},
         effective_batch=(low, high) if "effective_batch" in claims else None,
         ranks=claims.get("ranks", 1),
         full_fits_better=claims.get("full_fits_better", False),

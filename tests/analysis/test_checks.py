@@ -26,18 +26,18 @@ NINE = {
 }
 
 
-def published() -> Subject:
-    """The shipped comparison, imported and ranked as the report ranks it."""
+def published(by: str = "eval/loss_smoothed", *more: Reading) -> Subject:
+    """The shipped comparison, imported and ranked as the report ranks it; or otherwise, or with others in it."""
     (path,) = published_files()
     found = []
     for one in published_runs(path):
         by_step = sorted(one.rows, key=lambda row: row[1])
         metrics = {metric: value for metric, _, _, value in by_step}
         run = Run(one.key, one.name, "1", "FINISHED", 0, one.params, one.tags, metrics, by_step[-1][1])
-        reading = read(run, "eval/loss_smoothed", At(), {})
+        reading = read(run, by, At(), {})
         assert isinstance(reading, Reading)
         found.append(reading)
-    return subject_of(rank(found, "eval/loss_smoothed", At()))
+    return subject_of(rank([*found, *more], by, At()))
 
 
 @pytest.mark.parametrize("check", NINE)
@@ -51,6 +51,15 @@ def test_nothing_else_is_said_of_the_published_report_but_what_is_so() -> None:
     """Rates set by hand, accumulation 2 and 4, and no gate: true of it as well."""
     found = {finding.check for finding in careful_reading(published())}
     assert found == {*NINE, "accumulation", "rates_not_tuned", "gates"}
+
+
+def test_what_was_printed_is_held_against_the_published_ranking_alone() -> None:
+    """Margins only for the metric that they were printed for; nothing where other runs are in it as well."""
+    assert "margins" not in {finding.check for finding in careful_reading(published("eval/loss"))}
+    (ours,) = readings({"ours": [0.5]})
+    found = {finding.check for finding in careful_reading(published("eval/loss", ours))}
+    assert not found & {"margins", "effective_batch", "full_fits_better", "full_needs_accumulation"}
+    assert "points_after_the_end" in found
 
 
 # --- synthetic reports: a sound one, and faults planted in it -----------------------------------------------------

@@ -70,6 +70,7 @@ def test_where_higher_is_better_the_highest_wins() -> None:
     found = rank([r for r in (read(r, "eval/f1", At(), {}) for r in runs) if isinstance(r, Reading)], "eval/f1", At())
     assert [row.label for row in found.rows] == ["high", "low"]
     assert [row.margin for row in found.rows] == pytest.approx([0, 20])
+    assert math.copysign(1, found.rows[0].margin) == 1  # and it is not printed as -0.0 %
 
 
 def test_each_run_can_have_its_row() -> None:
