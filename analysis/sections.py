@@ -89,7 +89,8 @@ def _head(material: Material) -> Iterator[str]:
     yield ""
     yield (
         f"{_counted(n_runs, 'run')} of {_counted(len(ranking.rows), 'arm')}; ranked by `{ranking.by}`, read at "
-        f"{ranking.at}. Made on {material.made:%d %B %Y, %H:%M} UTC by `python -m analysis report` from the runs in MLflow."
+        f"{ranking.at}. Made on {material.made:%d %B %Y, %H:%M} UTC by `python -m analysis report` from the runs in "
+        "MLflow."
     )
     yield ""
 

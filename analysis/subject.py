@@ -90,8 +90,8 @@ class Subject:
 def subject_of(ranking: Ranking) -> Subject:
     """What a ranking of runs says, as the checks read it.
 
-    Where all of them are published, also what was printed about them; margins only where the ranking is the one that they
-    were printed for.
+    Where all of them are published, also what was printed about them; margins only where the ranking is the one that
+    they were printed for.
     """
     printed = [json.loads(row.readings[0].run.tags.get(names.TAG_PRINTED, "{}")) for row in ranking.rows]
     claims: dict[str, Any] = printed[0].get("claims", {}) if printed and all(printed) else {}
