@@ -152,10 +152,10 @@ def report(  # click's options say what they are
 
     told, store, folder = parse_points(points) if points else [], Store(), Path(out)
     comparison = read_comparison(store, experiment, where, by, parse_at(at))
-    for path in write(store, comparison, folder, axis, told):
-        click.echo(path)
+    files = write(store, comparison, folder, axis, told)
+    click.echo(f"{files[0]}\n{files[1]}")
     if not local:
-        click.echo(f"in MLflow: artifacts `report` of run {log(store, comparison.ranking, folder)}")
+        click.echo(f"in MLflow: artifacts `report` of run {log(store, comparison.ranking, files)}")
 
 
 @cli.command()
@@ -227,6 +227,10 @@ def main() -> NoReturn:
         sys.exit(0)
     except UserError as error:
         click.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_USER)
+    except OSError as error:  # a folder that is a file, or that nobody may write to
+        click.echo(f"error: {error.filename or 'a file'}\n  got:     {error.strerror or error}", err=True)
+        click.echo("  allowed: a place that can be written to\n  do:      give another --out", err=True)
         sys.exit(EXIT_USER)
     except click.ClickException as error:
         error.show()

@@ -1,6 +1,7 @@
 """What to do after a comparison: which arm to take and how sure that is, what to run next, how to run it again."""
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,15 @@ from analysis.effects import BLOCKS, METHOD, METHODS
 from analysis.ranking import TRAINABLE, Ranking, Row
 from analysis.runs import Run
 from analysis.settings import number, same
-from analysis.statistics import Difference, seeds_to_settle
+from analysis.statistics import ALL_PAIRS, FAMILY_ERROR, seeds_to_settle
+from analysis.verdict import listed, pair_of, standing
 from trainer import names
 from trainer.config.load import DEFAULT_PROFILE, load
 from trainer.config.places import experiments_dir
 from trainer.errors import ConfigError
+
+_SEEDS_AT_ONCE = 20
+"""More are not put into one command."""
 
 ENOUGH_SEEDS = 3
 """Fewer give no interval worth reading, and no winner that can be told apart."""
@@ -28,6 +33,7 @@ EXPLAINED_BY = {
     "accumulation": "arms do not take equally many micro-batches in a step",
     "unequal_budget": "arms did not see the same amount of data",
     "rates_not_tuned": "every arm has a hand-set learning rate of its own",
+    "diverged": "not every seed has come to its end with a finite value",
     "gates": "not every run has passed a training gate",
     "gap_under_augmentation": "arms were augmented",
 }
@@ -67,16 +73,19 @@ def recommendation(ranking: Ranking, findings: Sequence[Finding]) -> Recommendat
     winner, *others = ranking.rows
     if not others:
         return Recommendation(winner.label, "none", ("It is the only arm: there is nothing to compare it with.",))
-    against = {row.label: _pair(ranking, winner, row) for row in others}
-    untested = [label for label, pair in against.items() if pair is None or pair.method == "untested"]
-    open_ones = [label for label, pair in against.items() if label not in untested and not pair_told(pair)]
-    told = [label for label, pair in against.items() if pair_told(pair)]
+    stands: dict[str, list[str]] = {}
+    for row in others:
+        stands.setdefault(standing(ranking, row), []).append(row.label)
+    told, behind = stands.get("ahead", []), stands.get("reversed", [])
+    open_ones, untested = stands.get("open", []), stands.get("untested", [])
     also = [EXPLAINED_BY[check] for check in dict.fromkeys(f.check for f in findings) if check in EXPLAINED_BY]
     why = []
     if told:
-        why.append(f"It is more than seed noise ahead of {', '.join(told)}.")
+        why.append(f"It is more than seed noise ahead of {listed(told)}.")
+    if behind:
+        why.append(f"On the seeds that both have, {listed(behind)} is better: give both arms the same seeds.")
     if open_ones:
-        why.append(f"It is not distinguishable from {', '.join(open_ones)}.")
+        why.append(f"It is not distinguishable from {listed(open_ones)}.")
         cheapest = min(
             [winner, *(r for r in others if r.label in open_ones)], key=lambda r: r.estimates[TRAINABLE].mean
         )
@@ -85,12 +94,12 @@ def recommendation(ranking: Ranking, findings: Sequence[Finding]) -> Recommendat
                 f"Of these, {cheapest.label} trains the fewest parameters: take it unless more seeds say otherwise."
             )
     if untested:
-        why.append(f"Against {', '.join(untested)} nothing can be told with one seed.")
+        why.append(f"Against {listed(untested)} nothing can be told with so few seeds.")
     if also:
         why.append(f"It holds for arms as they were configured: {'; '.join(also)}.")
     if untested and not told:
         confidence = "none"
-    elif untested or open_ones or winner.estimates[ranking.by].n < ENOUGH_SEEDS:
+    elif untested or open_ones or behind or winner.estimates[ranking.by].n < ENOUGH_SEEDS:
         confidence = "low"
     else:
         confidence = "moderate" if also else "high"
@@ -132,7 +141,8 @@ def _command(strategy: str, run: Run, given: Mapping[str, str]) -> str:
     values |= {"seed" if key == _SEED else key: value for key, value in given.items()}
     told = "".join(f" -P {shlex.quote(f'{key}={value}')}" for key, value in values.items())
     where = f" --experiment-name {shlex.quote(run.experiment)}" if run.experiment else ""
-    return f"mlflow run . -e {strategy} --env-manager local{where}{told}"
+    command = f"mlflow run . -e {strategy} --env-manager local{where}{told}"
+    return "" if "\n" in command or "\r" in command else command
 
 
 def _given(run: Run) -> dict[str, str] | None:
@@ -140,6 +150,8 @@ def _given(run: Run) -> dict[str, str] | None:
     shipped = _shipped(run.strategy, run.tags.get(names.TAG_PROFILE, ""))
     if shipped is None or names.TAG_SOURCE in run.tags:
         return None
+    if any(key.startswith("strategy.") and key not in run.params for key in shipped):
+        return None  # a file of the user's that happens to have the name of a shipped one, in another form
     given = {key: value for key in shipped if same(value := run.params.get(key, shipped[key])) != same(shipped[key])}
     return given | ({_SEED: run.seed} if run.seed else {})
 
@@ -155,16 +167,6 @@ def _shipped(strategy: str, profile: str) -> Mapping[str, str] | None:
         return None
 
 
-def _pair(ranking: Ranking, one: Row, other: Row) -> Difference | None:
-    wanted = {one.label, other.label}
-    return next((pair for pair in ranking.differences if {pair.first, pair.second} == wanted), None)
-
-
-def pair_told(pair: Difference | None) -> bool:
-    """Whether a pair was tested and found different."""
-    return pair is not None and pair.distinguishable
-
-
 def _seeds(ranking: Ranking) -> list[Step]:
     """Seeds for arms with too few of them, and those that would settle what is open with the winner."""
     winner, *others = ranking.rows
@@ -177,29 +179,51 @@ def _seeds(ranking: Ranking) -> list[Step]:
         for row in few
     ]
     for row in others:
-        pair = _pair(ranking, winner, row)
-        if pair is None or pair.method == "untested" or pair.distinguishable:
+        pair = pair_of(ranking, winner, row)
+        if pair is None or standing(ranking, row) != "open":
+            continue
+        shift = f"{winner.label} and {row.label} ({abs(pair.estimate.mean):.4f} apart)"
+        if pair.method != "paired":
+            steps.append(Step(f"Give the same seeds to {shift}: pairs find more than arms with seeds of their own."))
             continue
         needed = seeds_to_settle(pair, alpha=pair_alpha(ranking))
-        shift = f"{winner.label} and {row.label} ({abs(pair.estimate.mean):.4f} apart)"
         if needed is None:
             steps.append(Step(f"No number of seeds up to 1,000 would be likely to tell {shift}: treat them as equal."))
-        else:
-            more = max(1, needed - pair.estimate.n)
-            steps.append(
-                Step(
-                    f"About {needed} seeds, {more} more, would tell {shift} with 80 % power, if they differ as much "
-                    "and scatter as widely as seen; the estimate itself rests on few seeds.",
-                    command_of(row.readings[0].run, {_SEED: _fresh_seed(winner, row)}),
-                )
-            )
+            continue
+        more = max(1, needed - pair.estimate.n)
+        text = (
+            f"About {needed} seeds, {more} more, would tell {shift} with 80 % power, if they differ as much and "
+            "scatter as widely as seen, which few seeds say. Both arms need them: pairs are what is compared."
+        )
+        commands = _for_both(winner, row, more)
+        steps += [Step(text, commands[0]), *(Step(f"And {row.label} on the same seeds.", c) for c in commands[1:])]
     return steps
+
+
+def _for_both(one: Row, other: Row, more: int) -> list[str]:
+    """Commands that give both arms more seeds in common: first those that one of them lacks, then fresh ones."""
+    have = [{reading.run.seed for reading in row.readings} for row in (one, other)]
+    lacking = sorted((have[0] ^ have[1]) - {""}, key=number)
+    fresh = int(_fresh_seed(one, other))
+    seeds = [*lacking, *(str(fresh + i) for i in range(min(more, _SEEDS_AT_ONCE)))][: min(more, _SEEDS_AT_ONCE)]
+    commands = []
+    for row, own in zip((one, other), have, strict=True):
+        wanted = [seed for seed in seeds if seed not in own]
+        command = command_of(row.readings[0].run, {_SEED: "SEED"}) if wanted else ""
+        commands.append(
+            f"for seed in {' '.join(wanted)}; do {command.replace('-P seed=SEED', '-P seed=$seed')}; done"
+            if command
+            else ""
+        )
+    return commands
 
 
 def pair_alpha(ranking: Ranking) -> float:
     """Error rate of one pair when all of them together are to keep to 5 % (Bonferroni)."""
     tested = sum(pair.method != "untested" for pair in ranking.differences)
-    return 0.05 / max(1, tested)
+    if len(ranking.rows) > ALL_PAIRS:
+        tested = math.comb(len(ranking.rows), 2)
+    return FAMILY_ERROR / max(1, tested)
 
 
 def _fresh_seed(*rows: Row) -> str:
@@ -234,7 +258,7 @@ def _command_for_cell(run: Run, depth: str, method: str) -> str:
         if shipped and (shipped[BLOCKS], shipped[METHOD]) == (depth, method):
             kept = {key: value for key, value in given.items() if key not in (BLOCKS, METHOD, _VIT_LR)}
             return _command(path.stem, run, kept)
-    return command_of(run, {METHOD: method})
+    return ""
 
 
 def _neighbours(ranking: Ranking) -> list[Step]:
@@ -245,11 +269,11 @@ def _neighbours(ranking: Ranking) -> list[Step]:
     for key, values, what in (
         (BLOCKS, _other_blocks(run), "vision blocks"),
         (_VIT_LR, _halved_and_doubled(run.params.get(_VIT_LR)), "vision learning rate"),
-        (_RANK, _halved_and_doubled(run.params.get(_RANK)) if run.params.get(METHOD) == "lora" else [], "LoRA rank"),
+        (_RANK, _other_ranks(run) if run.params.get(METHOD) == "lora" else [], "LoRA rank"),
     ):
-        tried = {r.readings[0].run.params.get(key) for r in ranking.rows if r.strategy == winner.strategy}
+        tried = {same(r.readings[0].run.params.get(key)) for r in ranking.rows if r.strategy == winner.strategy}
         for value in values:
-            if value not in tried and run.params.get(METHOD) in METHODS:
+            if same(value) not in tried and run.params.get(METHOD) in METHODS:
                 text = f"Neighbour of the winner: {what} {value} instead of {run.params.get(key)}."
                 steps.append(Step(text, command_of(run, {key: value})))
     return steps
@@ -271,3 +295,10 @@ def _other_blocks(run: Run) -> list[str]:
 def _halved_and_doubled(text: str | None) -> list[str]:
     value = number(text)
     return [f"{value * factor:.6g}" for factor in (0.5, 2)] if value == value and value > 0 else []
+
+
+def _other_ranks(run: Run) -> list[str]:
+    value = number(run.params.get(_RANK))
+    return (
+        [str(int(rank)) for rank in (value / 2, 2 * value) if rank >= 1 and rank == int(rank)] if value == value else []
+    )

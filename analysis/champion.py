@@ -7,12 +7,13 @@ from pathlib import Path
 
 from analysis.ranking import Ranking, Reading, direction
 from analysis.store import Store
+from analysis.verdict import pair_of, standing
 from trainer import names
 from trainer.checkpoint import file_sha256
 from trainer.errors import UserError
 
 _TOLD = (names.EVAL_LOSS, names.BEST_LOSS, names.F1, names.GAP, names.VISION_GAIN)
-"""Metrics that become tags of the version."""
+"""Metrics that become tags of the version, as they were at its checkpoint."""
 
 
 def promote(store: Store, ranking: Ranking, model: str, alias: str, *, anyway: bool) -> tuple[str, Reading]:
@@ -31,10 +32,13 @@ def promote(store: Store, ranking: Ranking, model: str, alias: str, *, anyway: b
     Raises:
         UserError: the winner is not distinguishable from the second, or its checkpoint is not to be had or not whole.
     """
-    winner = ranking.rows[0]
-    second = ranking.rows[1].label if len(ranking.rows) > 1 else ""
-    pair = next((d for d in ranking.differences if {d.first, d.second} == {winner.label, second}), None)
-    distinguishable = pair is not None and pair.distinguishable
+    finite = [row for row in ranking.rows if not math.isnan(row.estimates[ranking.by].mean)]
+    if not finite:
+        raise UserError(str(store), "no run that can be ranked", "at least one", "see why: python -m analysis rank")
+    winner = finite[0]
+    second = finite[1].label if len(finite) > 1 else ""
+    pair = pair_of(ranking, winner, finite[1]) if second else None
+    distinguishable = bool(second) and standing(ranking, finite[1]) == "ahead"
     if not distinguishable and not anyway:
         what = "there is no second arm" if pair is None else "too few seeds to test" if pair.method == "untested" else (
             f"p = {pair.p_adjusted:.2g} after Holm, difference {abs(pair.estimate.mean):.4f}"
@@ -46,22 +50,24 @@ def promote(store: Store, ranking: Ranking, model: str, alias: str, *, anyway: b
             "run more seeds (python -m analysis report says how many), or promote it --anyway",
         )
     worse = 1 if direction(ranking.by) == "lower" else -1
-    best = min(winner.readings, key=lambda reading: worse * reading.values[ranking.by])
-    folder, digest = _checkpoint(store, best)
+    went_well = [reading for reading in winner.readings if math.isfinite(reading.values[ranking.by])]
+    best = min(went_well, key=lambda reading: worse * reading.values[ranking.by])
+    folder, digest, step = _checkpoint(store, best)
+    values = {name: store.curves([best.run.id], name)[best.run.id].at_or_before(step) for name in _TOLD}
     runs = [reading.run for row in ranking.rows for reading in row.readings]
     tags = {
         names.TAG_CHECKPOINT_DIGEST: digest,
         names.TAG_STRATEGY: best.run.strategy,
         names.TAG_SEED: best.run.seed,
-        names.TAG_COMPARISON: store.comparison_run(runs),
+        names.TAG_COMPARISON: store.comparison_run(runs)[0],
         "distinguishable": "yes" if distinguishable else "no, promoted anyway",
-        **{name: f"{best.values[name]:.6g}" for name in _TOLD if not math.isnan(best.values[name])},
+        **{name: f"{value:.6g}" for name, value in values.items() if not math.isnan(value)},
     }
     return store.promote(best.run.id, folder, model, alias, tags), best
 
 
-def _checkpoint(store: Store, reading: Reading) -> tuple[Path, str]:
-    """The folder of a run's best checkpoint, whole as its manifest says, and a digest of its files."""
+def _checkpoint(store: Store, reading: Reading) -> tuple[Path, str, int]:
+    """The folder of a run's best checkpoint, whole as its manifest says; a digest of its files; its step."""
     run = reading.run
     known = store.artifact_json(run.id, names.ARTIFACT_CHECKPOINTS) or {}
     saved = known.get("best") or known.get("last")
@@ -77,4 +83,4 @@ def _checkpoint(store: Store, reading: Reading) -> tuple[Path, str]:
                 f"the checkpoint of run {run.name} ({run.id}), as its manifest has it",
                 "promote on the machine that trained it, or bring the folder back to this path",
             )
-    return folder, hashlib.sha256(json.dumps(saved["files"], sort_keys=True).encode()).hexdigest()
+    return folder, hashlib.sha256(json.dumps(saved["files"], sort_keys=True).encode()).hexdigest(), int(saved["step"])

@@ -35,8 +35,9 @@ def overfitting(subject: Subject) -> list[Finding]:
         return []
     who = "Every arm" if len(found) == len(subject.arms) else ", ".join(arm.name for arm in found)
     part = max(arm.lowest_step / arm.final_step for arm in found)
-    by_lowest = [arm.name for arm in sorted(subject.arms, key=lambda arm: arm.lowest)]
-    same = by_lowest == [arm.name for arm in subject.arms]
+    arms = [arm for arm in subject.arms if known(arm.lowest)]
+    by_lowest = [arm.name for arm in sorted(arms, key=lambda arm: arm.lowest)]
+    same = by_lowest == [arm.name for arm in arms]
     listed = "; ".join(
         f"{arm.name} {arm.lowest:.4f} at step {arm.lowest_step:,.0f}, {arm.eval_loss:.4f} at the end" for arm in found
     )
@@ -52,18 +53,19 @@ def overfitting(subject: Subject) -> list[Finding]:
 
 def unequal_budget(subject: Subject) -> list[Finding]:
     """Arms saw different amounts of data, whatever their steps say."""
-    seen = {arm.name: arm.samples if known(arm.samples) else arm.micro_batches for arm in subject.arms}
+    unit = "samples" if all(known(arm.samples) for arm in subject.arms) else "micro-batches"
+    seen = {arm.name: arm.samples if unit == "samples" else arm.micro_batches for arm in subject.arms}
     if not _differ(seen.values()):
         return []
-    unit = "samples" if all(known(arm.samples) for arm in subject.arms) else "micro-batches"
     most = max(seen, key=seen.__getitem__)
     by_name = {arm.name: arm for arm in subject.arms}
     listed = ", ".join(f"{name} {value:,.0f}" for name, value in seen.items())
     text = f"Arms did not see the same amount of data: {listed} {unit}."
-    if by_name[most].final_step == min(arm.final_step for arm in subject.arms):
+    if all(by_name[most].final_step < arm.final_step for arm in subject.arms if arm.name != most):
         text += f" {most} took the fewest steps ({by_name[most].final_step:,.0f}) and was further along than any other."
     hours = [arm.hours for arm in subject.arms]
-    if all(map(known, hours)) and not _differ(hours):
+    stopped = any(arm.stopped_early for arm in subject.arms)
+    if all(map(known, hours)) and min(hours) >= 0.1 and not _differ(hours) and not stopped:
         text += f" All ran equally long ({min(hours):.1f} to {max(hours):.1f} hours): none was stopped early."
     return [Finding("unequal_budget", text + f" Compare at equal {unit}.", seen)]
 
@@ -99,7 +101,8 @@ def margins(subject: Subject) -> list[Finding]:
     winner = subject.arms[0].ranked
     found = []
     for arm in subject.arms[1:]:
-        printed, margin = subject.margins.get(arm.name, NAN), 100 * (arm.ranked - winner) / winner
+        printed = subject.margins.get(arm.name, NAN)
+        margin = 100 * (arm.ranked - winner) / winner if winner else NAN
         if known(printed) and f"{margin:.1f}" != f"{printed:.1f}":
             text = (
                 f"The margin of {arm.name} is {arm.ranked - winner:.4f}/{winner:.4f} = {margin:.3f} %, of the winner's "
@@ -135,6 +138,20 @@ def one_seed(subject: Subject) -> list[Finding]:
         else f"{', '.join(found)} {'has' if len(found) == 1 else 'have'}"
     )
     return [Finding("one_seed", f"{who} one seed: whether a difference is more than seed noise cannot be told.")]
+
+
+def diverged(subject: Subject) -> list[Finding]:
+    """Seeds that ended without a finite value: an arm's mean is that of the seeds that went well."""
+    return [
+        Finding(
+            "diverged",
+            f"{arm.n_diverged} of {arm.n_diverged + arm.n_seeds} runs of {arm.name} have no finite value: its mean is "
+            "that of those that went well.",
+            {arm.name: float(arm.n_diverged)},
+        )
+        for arm in subject.arms
+        if arm.n_diverged
+    ]
 
 
 def best_fit_disagrees(subject: Subject) -> list[Finding]:
@@ -227,10 +244,10 @@ def gates(subject: Subject) -> list[Finding]:
 def f1_disagrees(subject: Subject) -> list[Finding]:
     """Eval loss and F1 order the arms differently."""
     arms = [arm for arm in subject.arms if known(arm.f1) and known(arm.eval_loss)]
+    if not any(a.eval_loss < b.eval_loss and a.f1 < b.f1 for a in arms for b in arms):  # a tie is no disagreement
+        return []
     by_loss = [arm.name for arm in sorted(arms, key=lambda arm: arm.eval_loss)]
     by_f1 = [arm.name for arm in sorted(arms, key=lambda arm: -arm.f1)]
-    if by_loss == by_f1:
-        return []
     text = f"Eval loss orders the arms {', '.join(by_loss)}; F1 {', '.join(by_f1)}."
     return [Finding("f1_disagrees", text, {arm.name: arm.f1 for arm in arms})]
 
@@ -272,7 +289,7 @@ def gap_under_augmentation(subject: Subject) -> list[Finding]:
 CHECKS: dict[str, Callable[[Subject], list[Finding]]] = {
     check.__name__: check
     for check in (
-        one_seed, overfitting, unequal_budget, accumulation, points_after_the_end, margins, effective_batch,
+        one_seed, diverged, overfitting, unequal_budget, accumulation, points_after_the_end, margins, effective_batch,
         best_fit_disagrees, full_fits_better, full_needs_accumulation, not_alike, rates_not_tuned, gates, f1_disagrees,
         does_not_look, rate_at_the_edge, gap_under_augmentation,
     )

@@ -9,7 +9,16 @@ import numpy as np
 
 from analysis.ranking import Ranking, Reading, Row
 from analysis.settings import differing
-from analysis.statistics import Difference, Estimate, Interaction, contrast, difference, estimate, holm, interaction
+from analysis.statistics import (
+    Difference,
+    Estimate,
+    Interaction,
+    all_differences,
+    contrast,
+    estimate,
+    holm,
+    interaction,
+)
 from trainer import names
 
 BLOCKS, METHOD = "strategy.vision.blocks", "strategy.vision.method"
@@ -97,21 +106,21 @@ def by_domain(ranking: Ranking) -> list[DomainResult]:
     found = domain_values(ranking)
     domains = sorted({domain for of_arm in found.values() for domain in of_arm})
     results: list[tuple[str, dict[str, Estimate]]] = []
-    pairs: list[Difference] = []
+    pairs: list[list[Difference]] = []
     for domain in domains:
         values = {arm: of_arm[domain] for arm, of_arm in found.items() if domain in of_arm}
         losses = {arm: estimate([*of_seed.values()]) for arm, of_seed in values.items()}
         losses = dict(sorted(losses.items(), key=lambda item: item[1].mean))
         if len(losses) > 1:
             results.append((domain, losses))
-            order = [*losses]
             # the pair of the two best first: it is what is told; the others count into the correction
-            pairs += [difference(a, b, values) for i, a in enumerate(order) for b in order[i + 1 :]]
-    adjusted = iter([replace(pair, p_adjusted=p) for pair, p in zip(pairs, holm([p.p for p in pairs]), strict=True)])
+            few = all_differences({arm: values[arm] for arm in losses})
+            pairs.append(few)
+    adjusted = iter(holm([pair.p for few in pairs for pair in few]))
     told = []
-    for domain, losses in results:
-        of_domain = [next(adjusted) for _ in range(math.comb(len(losses), 2))]
-        told.append(DomainResult(domain, losses, of_domain[0]))
+    for (domain, losses), few in zip(results, pairs, strict=True):
+        first, *_ = [replace(pair, p_adjusted=max(next(adjusted), pair.p_adjusted)) for pair in few]
+        told.append(DomainResult(domain, losses, first))
     return told
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-_SPECIAL = re.compile(r"[\\|*`<\[\]]|(?<!\w)_|_(?!\w)")
+_SPECIAL = re.compile(r"[\\|*`<&\[\]]|(?<!\w)_|_(?!\w)")
+
+_FIGURE = re.compile(r"figures/\w+\.png")
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #d0d4da; --soft: #f3f5f7; --text: #1c2128; --back: #ffffff; --link: #0b5cad; }
@@ -39,6 +41,11 @@ def plain(text: str) -> str:
     return _SPECIAL.sub(r"\\\g<0>", " ".join(text.split()))
 
 
+def code(text: str) -> str:
+    """Text as a code span, in one line and without what would end it."""
+    return "`" + " ".join(text.split()).replace("`", "'").replace("|", "\\|") + "`"
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table; cells are Markdown already."""
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
@@ -60,7 +67,7 @@ def html(markdown: str, folder: Path) -> str:
     for token in tokens:
         for child in token.children or []:
             if child.type == "image":
-                child.attrSet("src", _inside(folder / str(child.attrGet("src"))))
+                child.attrSet("src", _inside(folder, str(child.attrGet("src"))))
     body = parser.renderer.render(tokens, parser.options, {})
     # a wide table scrolls by itself, so that the page does not
     body = body.replace("<table>", '<div class="wide" tabindex="0"><table>').replace("</table>", "</table></div>")
@@ -73,8 +80,11 @@ def html(markdown: str, folder: Path) -> str:
     )
 
 
-def _inside(path: Path) -> str:
-    """A picture as a data URI."""
+def _inside(folder: Path, name: str) -> str:
+    """A picture as a data URI; whatever is not one of the report's own figures is not looked at."""
+    path = folder / name
+    if not _FIGURE.fullmatch(name) or not path.is_file():
+        return "data:,"
     vector = path.with_suffix(".svg")
     kind, data = ("svg+xml", vector) if vector.is_file() else ("png", path)
     return f"data:image/{kind};base64,{base64.b64encode(data.read_bytes()).decode('ascii')}"

@@ -34,7 +34,8 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 _STYLE: Any = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    "legend.frameon": False, "legend.fontsize": 8, "svg.fonttype": "none", "svg.hashsalt": "analysis",
+    "legend.frameon": False, "legend.fontsize": 8, "svg.fonttype": "none",
+    "text.parse_math": False, "svg.hashsalt": "analysis",
 }  # fmt: skip
 _SIZE = (4.6, 3.3)
 """Inches: type of nine points stays legible when a figure is set in one column."""
@@ -52,7 +53,7 @@ class Look:
 def looks(labels: Sequence[str]) -> dict[str, Look]:
     """A look for each arm, by the alphabet: the same in every figure, whoever wins."""
     return {
-        label: Look(_COLOURS[i % len(_COLOURS)], _LINES[i % len(_LINES)], _MARKERS[i % len(_MARKERS)])
+        label: Look(_COLOURS[i % 8], _LINES[(i + i // 8) % 8], _MARKERS[(i + 3 * (i // 8)) % 8])
         for i, label in enumerate(sorted(labels))
     }
 

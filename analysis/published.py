@@ -32,7 +32,10 @@ def published_runs(path: Path) -> list[Imported]:
         UserError: the file is not there or not such a file.
     """
     tree = _tree(path)
-    return [_imported(tree, arm, run) for arm, run in tree["runs"].items()]
+    try:
+        return [_imported(tree, arm, run) for arm, run in tree["runs"].items()]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _not_such_a_file(path, error) from None
 
 
 def _tree(path: Path) -> Any:
@@ -42,13 +45,13 @@ def _tree(path: Path) -> Any:
         for section in ("comparison", "date", "common", "printed", "runs"):
             tree[section]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(
-            str(path),
-            f"{type(error).__name__}: {error}".splitlines()[0],
-            "a file such as experiments/published/stage3.yaml",
-            "compare it with that one",
-        ) from None
+        raise _not_such_a_file(path, error) from None
     return tree
+
+
+def _not_such_a_file(path: Path, error: Exception) -> UserError:
+    got = f"{type(error).__name__}: {error}".splitlines()[0]
+    return UserError(str(path), got, "a file such as experiments/published/stage3.yaml", "compare it with that one")
 
 
 def _imported(tree: Mapping[str, Any], arm: str, run: Mapping[str, Any]) -> Imported:

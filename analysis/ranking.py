@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
 
@@ -73,7 +74,7 @@ class At:
 
     def __str__(self) -> str:
         """As on the command line."""
-        return self.kind if self.kind in ("final", "best") else f"{self.kind}={self.limit:g}"
+        return self.kind if self.kind in ("final", "best") else f"{self.kind}={self.limit:.15g}"
 
     @property
     def counter(self) -> str:
@@ -140,6 +141,8 @@ class Ranking:
     """Runs that are not ranked, and why."""
     n_not_finite: int = 0
     """Points of the curves read that were nan or infinite."""
+    each: bool = False
+    """Whether a row is a run and not an arm."""
 
 
 def why_excluded(run: Run) -> str | None:
@@ -149,7 +152,7 @@ def why_excluded(run: Run) -> str | None:
     if run.status != "FINISHED":
         return f"is {run.status}"
     gate = run.tags.get(names.TAG_GATE)
-    if gate != "passed" and names.TAG_SOURCE not in run.tags:
+    if gate != "passed" and (gate or names.TAG_SOURCE not in run.tags):
         return f"its training gate is {gate}" if gate else "has no training gate"
     return None
 
@@ -219,7 +222,7 @@ def rank(
     """
     worse = 1 if direction(by) == "lower" else -1
     if each:
-        groups = {f"{r.run.name or r.run.strategy} {r.run.id[:6]}": [r] for r in readings}
+        groups = {f"{r.run.name or r.run.strategy} {r.run.id}": [r] for r in readings}
     else:
         groups, repeats = without_repeats(arms(readings))
         excluded = [*excluded, *repeats]
@@ -233,7 +236,8 @@ def rank(
     best = rows[0].estimates[by].mean if rows else NAN
     rows = [replace(row, margin=_percent_worse(worse * (row.estimates[by].mean - best), best)) for row in rows]
     values = {row.label: {reading.block: reading.values[by] for reading in row.readings} for row in rows}
-    return Ranking(by, at, tuple(rows), tuple(all_differences(values)), tuple(excluded), n_not_finite)
+    differences = () if each else tuple(all_differences(values))
+    return Ranking(by, at, tuple(rows), differences, tuple(excluded), n_not_finite, each)
 
 
 def _percent_worse(by_how_much: float, best: float) -> float:
@@ -278,8 +282,8 @@ def arms(readings: Iterable[Reading]) -> dict[str, list[Reading]]:
             alike.setdefault(tuple(same(member.run.params.get(key)) for key in keys), []).append(member)
         for of_arm in alike.values():
             label = _label(strategy, keys, of_arm[0].run)
-            twins = sum(name == label or name.startswith(f"{label} #") for name in groups)
-            groups[f"{label} #{twins + 1}" if twins else label] = of_arm
+            numbered = (f"{label} #{n}" for n in count(2))
+            groups[label if label not in groups else next(name for name in numbered if name not in groups)] = of_arm
     return groups
 
 
@@ -304,42 +308,3 @@ def without_repeats(groups: Mapping[str, list[Reading]]) -> tuple[dict[str, list
                 newest[reading.block] = reading
         kept[label] = sorted(newest.values(), key=lambda reading: (number(reading.run.seed), reading.run.seed))
     return kept, repeats
-
-
-def verdict(ranking: Ranking) -> list[str]:
-    """What the ranking shows, in sentences: the winner, what it is told apart from, and what not."""
-    if not ranking.rows:
-        return ["No run can be ranked."]
-    if len(ranking.rows) == 1:
-        return ["One arm only: there is nothing to compare it with."]
-    winner, *others = ranking.rows
-    word = "lowest" if direction(ranking.by) == "lower" else "highest"
-    lines = [f"{winner.label} has the {word} {ranking.by}, {winner.estimates[ranking.by].mean:.4f}."]
-    pairs = {frozenset((d.first, d.second)): d for d in ranking.differences}
-    against = [(row, pairs[frozenset((winner.label, row.label))]) for row in others]
-    for wanted, text in ((True, "It is distinguishable from"), (False, "It is not distinguishable from")):
-        tested = [(row, pair) for row, pair in against if pair.method != "untested" and pair.distinguishable == wanted]
-        lines += [f"{text}:"] * bool(tested) + [_told(row, pair) for row, pair in tested]
-    untested = [f"{row.label} ({row.margin:.1f} %)" for row, pair in against if pair.method == "untested"]
-    if untested:
-        lines.append(
-            f"Against {', '.join(untested)} there are too few seeds: one run an arm cannot tell a difference from the "
-            "noise of seeds."
-        )
-    rest = [
-        d for d in ranking.differences
-        if winner.label not in (d.first, d.second) and d.method != "untested" and not d.distinguishable
-    ]  # fmt: skip
-    if rest:
-        lines.append("Not distinguishable either: " + ", ".join(f"{d.first} and {d.second}" for d in rest) + ".")
-    return lines
-
-
-def _told(row: Row, pair: Difference) -> str:
-    shift = pair.estimate
-    sign = 1 if row.label == pair.second else -1
-    low, high = sorted((sign * shift.low, sign * shift.high))
-    return (
-        f"- {row.label}: {row.margin:.1f} % worse; difference {sign * shift.mean:+.4f}, 95 % interval {low:+.4f} to "
-        f"{high:+.4f}; p = {pair.p_adjusted:.2g} after Holm, {pair.method}, n = {shift.n}"
-    )

@@ -9,11 +9,12 @@ from analysis.advice import recommendation
 from analysis.checks import careful_reading
 from analysis.comparison import Comparison, default_axis
 from analysis.page import html
-from analysis.ranking import Ranking, verdict
+from analysis.ranking import Ranking
 from analysis.records import over_records
-from analysis.sections import Material, document
+from analysis.sections import FIGURES, Material, document
 from analysis.store import Store
 from analysis.subject import subject_of
+from analysis.verdict import verdict
 from trainer import names
 
 ARTIFACTS = "report"
@@ -31,12 +32,15 @@ def write(store: Store, comparison: Comparison, folder: Path, axis: str | None, 
         points: where on it curves are told; empty: at round numbers.
 
     Returns:
-        The two documents.
+        The two documents, then the figures, each as PNG and as SVG.
     """
     ranking = comparison.ranking
     axis = axis or default_axis(ranking)
     run_ids = [reading.run.id for row in ranking.rows for reading in row.readings]
     found = {run_id: store.artifact_json(run_id, names.ARTIFACT_ENVIRONMENT) for run_id in run_ids}
+    for name in FIGURES:  # what an earlier report has drawn, and this one may not
+        for ending in (".png", ".svg"):
+            (folder / "figures" / f"{name}{ending}").unlink(missing_ok=True)
     figures = plots.draw(comparison, folder / "figures", axis)
     material = Material(
         comparison=comparison,
@@ -51,14 +55,24 @@ def write(store: Store, comparison: Comparison, folder: Path, axis: str | None, 
     written = {folder / "report.md": text, folder / "report.html": html(text, folder)}
     for path, content in written.items():
         path.write_text(content, encoding="utf-8")
-    return [*written]
+    return [*written, *figures, *(path.with_suffix(".svg") for path in figures)]
 
 
-def log(store: Store, ranking: Ranking, folder: Path) -> str:
-    """Store a written report in the comparison's parent run, whose description becomes its summary; that run's id."""
-    run_id = store.comparison_run([reading.run for row in ranking.rows for reading in row.readings])
-    advice = recommendation(ranking, careful_reading(subject_of(ranking)))
-    summary = [f"**{advice.arm}** comes first; confidence: {advice.confidence}.", "", *verdict(ranking)]
-    store.log_folder(run_id, folder, ARTIFACTS)
-    store.describe(run_id, "\n".join([*summary, "", f"The whole report: artifact `{ARTIFACTS}/report.html`."]))
+def log(store: Store, ranking: Ranking, files: Sequence[Path]) -> str:
+    """Store a written report in the comparison's parent run; that run's id.
+
+    A run that was made to hold it gets the summary as its description; a parent of the user's keeps its own.
+
+    Args:
+        store: the store.
+        ranking: what the report is on.
+        files: as `write` gives them; nothing else that lies beside them is stored.
+    """
+    run_id, ours = store.comparison_run([reading.run for row in ranking.rows for reading in row.readings])
+    for path in files:
+        store.log_file(run_id, path, ARTIFACTS if path.suffix in (".md", ".html") else f"{ARTIFACTS}/figures")
+    if ours:
+        advice = recommendation(ranking, careful_reading(subject_of(ranking)))
+        summary = [f"**{advice.arm}** comes first; confidence: {advice.confidence}.", "", *verdict(ranking)]
+        store.describe(run_id, "\n".join([*summary, "", f"The whole report: artifact `{ARTIFACTS}/report.html`."]))
     return run_id

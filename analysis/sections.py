@@ -1,26 +1,24 @@
 """The sections of a report, as Markdown: what was compared, what came out, how sure that is, what to run next."""
 
-import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from analysis.advice import command_of, next_steps, recommendation
+from analysis.advice import next_steps, recommendation
 from analysis.checks import careful_reading
 from analysis.comparison import AXES, Comparison, mean_at, round_points
 from analysis.effects import arm_by_domain, by_domain, depth_by_method
-from analysis.page import plain, table
-from analysis.ranking import COST, LEARNED, LOSS, Ranking, Row, verdict
+from analysis.page import code, plain, table
+from analysis.ranking import COST, LEARNED, LOSS, Ranking, Row
 from analysis.records import OverRecords
-from analysis.runs import Run
-from analysis.settings import differing, is_setting
+from analysis.reproduction import common, reproduce, short
+from analysis.settings import differing
 from analysis.statistics import Estimate
 from analysis.subject import subject_of
 from analysis.tables import NOTE, cell, columns_of, margin
-from trainer import names
+from analysis.verdict import verdict
 
 FIGURES = {
     "eval_loss": "Eval loss. Thin lines: runs; thick: mean over seeds; band: from the lowest seed to the highest; open "
@@ -75,8 +73,8 @@ def document(material: Material) -> str:
         _findings(ranking),
         _recommended(ranking),
         _next(ranking),
-        _reproduce(material),
-        _common(ranking),
+        reproduce(ranking, material.environments),
+        common(ranking),
     ]
     return "\n".join(line for section in sections for line in section) + "\n"
 
@@ -119,12 +117,12 @@ def _compared(ranking: Ranking) -> Iterator[str]:
     rows = []
     for key in differing(runs, derived=True):
         values = [", ".join(dict.fromkeys(r.run.params.get(key, "-") for r in row.readings)) for row in ranking.rows]
-        rows.append([f"`{key}`", *(plain(_short(value)) for value in values)])
+        rows.append([code(key), *(plain(short(value)) for value in values)])
     if rows:
         yield from ("Found by comparing the params of the runs; everything else is the same in all (see the end).", "")
         yield from table(["", *(plain(row.label) for row in ranking.rows)], rows)
     else:
-        yield "The runs do not differ in any param but the seed."
+        yield "The arms do not differ in any setting."
     yield ""
 
 
@@ -198,7 +196,7 @@ def _two_by_two(material: Material) -> Iterator[str]:
             "configurations as a whole, unless arms with tuned rates and equal batches are compared."
         )
         yield ""
-        yield from table(header, [[f"`{key}`", *map(plain, values)] for key, values in effects.confounded.items()])
+        yield from table(header, [[code(key), *map(plain, values)] for key, values in effects.confounded.items()])
         yield ""
 
 
@@ -214,7 +212,9 @@ def _domains(material: Material) -> Iterator[str]:
         first, second, *_ = result.losses
         pair = result.ahead.estimate
         interval = "-" if math.isnan(pair.low) else f"{pair.low:+.4f} to {pair.high:+.4f}"
-        told = "yes" if result.ahead.distinguishable else "no" if result.ahead.method != "untested" else "one seed"
+        told = "yes" if result.ahead.distinguishable else "no" if result.ahead.method != "untested" else "too few seeds"
+        if result.ahead.distinguishable and pair.mean < 0:
+            told = "yes, but behind on the seeds that both have"
         rows.append([plain(result.domain), plain(first), _plus_minus(result.losses[first]), plain(second),
                      f"{pair.mean:+.4f}", interval, told])  # fmt: skip
     yield from table(["domain", "lowest eval loss", "", "next", "ahead by", "95 % interval", "distinguishable"], rows)
@@ -232,7 +232,7 @@ def _domains(material: Material) -> Iterator[str]:
             f"{found.size:.4f} nats (root mean square). Repeated measures over seeds, sphericity taken for granted."
         )
     else:
-        yield "Arm x domain: needs at least two seeds that were run in every arm."
+        yield "Arm x domain: needs two domains, and two seeds that were run in every arm."
     yield ""
 
 
@@ -262,7 +262,7 @@ def _certainty(material: Material) -> Iterator[str]:
             [[plain(found.arm), *_estimate(found.difference)] for found in material.records],
         )
     else:
-        yield "No per-record losses of the same records in all arms."
+        yield "No two arms have losses of the same records; these are kept for the end and the best evaluation."
     yield ""
 
 
@@ -295,77 +295,6 @@ def _next(ranking: Ranking) -> Iterator[str]:
     yield ""
 
 
-def _reproduce(material: Material) -> Iterator[str]:
-    rows = material.ranking.rows
-    runs = [reading.run for row in rows for reading in row.readings]
-    yield from ("## Reproducibility", "")
-    facts = {
-        "code": names.TAG_CODE_VERSION,
-        "base weights": names.TAG_BASE_DIGEST,
-        "training data": names.TAG_TRAIN_DIGEST,
-        "validation data": names.TAG_VAL_DIGEST,
-    }
-    yield from table(
-        ["", "commit or digest"],
-        [[what, ", ".join(f"`{value}`" for value in dict.fromkeys(run.tags.get(tag, "-") for run in runs))]
-         for what, tag in facts.items()],
-    )  # fmt: skip
-    yield ""
-    if commands := [line for row in rows for line in _commands([reading.run for reading in row.readings])]:
-        yield from ("In a checkout of that commit:", "", *(f"    {line}" for line in commands), "")
-    yield (
-        "`resolved_config.yaml` among a run's artifacts holds every value that it ran with. Runs: "
-        + ", ".join(f"{plain(run.name)} `{run.id}`" for run in runs)
-        + "."
-    )
-    yield from ("", *_environment(material))
-
-
-def _commands(runs: Sequence[Run]) -> list[str]:
-    """Commands of an arm's runs; those that differ in nothing but the seed as one loop of the shell."""
-    seeds: dict[str, list[str]] = {}
-    for run in runs:
-        if command := command_of(run):
-            seeds.setdefault(command.replace(f" -P seed={run.seed}", " -P seed=$seed", 1), []).append(run.seed)
-    return [
-        f"for seed in {' '.join(of)}; do {command}; done" if len(of) > 1 else command.replace("$seed", of[0])
-        for command, of in seeds.items()
-    ]
-
-
-def _environment(material: Material) -> Iterator[str]:
-    """Packages and machine, once where all runs agree."""
-    seen: dict[str, list[str]] = {}
-    for found in material.environments.values():
-        flat = {**{key: value for key, value in found.items() if key != "packages"}, **found.get("packages", {})}
-        for key, value in flat.items():
-            text = ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
-            seen.setdefault(key, [])
-            seen[key] += [text] if text not in seen[key] else []
-    if seen:
-        yield "Environment: " + "; ".join(f"{key} {plain(' or '.join(values))}" for key, values in seen.items()) + "."
-        yield ""
-
-
-def _common(ranking: Ranking) -> Iterator[str]:
-    """Params that are the same in all runs, a line a section."""
-    runs = [reading.run for row in ranking.rows for reading in row.readings]
-    yield from ("## Common configuration", "")
-    sections: dict[str, list[str]] = {}
-    for key in sorted({key for run in runs for key in run.params}):
-        values = {run.params.get(key) for run in runs}
-        if len(values) == 1 and is_setting(key) and (value := values.pop()) not in (None, "null"):
-            section, _, rest = key.rpartition(".")
-            sections.setdefault(section or "top level", []).append(f"{plain(rest)} {plain(_short(value))}")
-    yield from ("The same in all runs; what is not set is left out.", "")
-    yield from (f"- `{section}`: {'; '.join(values)}" for section, values in sections.items())
-    yield ""
-    if ranking.excluded:
-        yield from ("Not ranked:", "")
-        yield from (f"- {plain(run.name or run.strategy)} (`{run.id}`) {plain(why)}" for run, why in ranking.excluded)
-        yield ""
-
-
 def _figures(material: Material, *wanted: str) -> Iterator[str]:
     """Those of these figures that were drawn, each with what it shows below it."""
     for name in wanted:
@@ -388,12 +317,3 @@ def _estimate(found: Estimate) -> list[str]:
 
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _short(value: str) -> str:
-    """A param's value in a cell: a run of block numbers as `18-23`, what is long cut."""
-    if re.fullmatch(r"\[\d+(, \d+)+\]", value):
-        numbers = json.loads(value)
-        if numbers == [*range(numbers[0], numbers[-1] + 1)]:
-            return f"{numbers[0]}-{numbers[-1]}"
-    return value if len(value) <= 60 else value[:57] + "..."

@@ -14,8 +14,7 @@ _MAKE_NO_ARM = (
 """Settings that may differ between runs of one arm."""
 
 DERIVED = (
-    names.TRAINABLE_PARAMETERS, names.DTYPE, names.VISION_BLOCKS, names.EFFECTIVE_BATCH_PACKS, names.SKIPPED_RECORDS,
-    names.IMAGE_PROCESSOR,
+    names.TRAINABLE_PARAMETERS, names.DTYPE, names.VISION_BLOCKS, names.SKIPPED_RECORDS, names.IMAGE_PROCESSOR,
 )  # fmt: skip
 """Params that follow from the settings and are none themselves."""
 

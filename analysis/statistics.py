@@ -4,6 +4,7 @@ A seed is the unit of replication. What varies from seed to seed (data order, dr
 here is about; the uncertainty of the validation set is another question, with `paired_bootstrap` as its answer.
 """
 
+import bisect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -97,7 +98,9 @@ def difference(
     common = sorted(a.keys() & b.keys())
     if len(common) >= 2:
         differences = [b[block] - a[block] for block in common]
-        return Difference(first, second, estimate(differences, confidence), _one_sample_p(differences), "paired")
+        p = _one_sample_p(differences)
+        method: Literal["paired", "untested"] = "untested" if math.isnan(p) else "paired"
+        return Difference(first, second, estimate(differences, confidence), p, method)
     x, y = np.array(list(a.values())), np.array(list(b.values()))
     if min(len(x), len(y)) < 2:
         shift = float(y.mean() - x.mean()) if len(x) and len(y) else NAN
@@ -120,7 +123,7 @@ def all_differences(values: Mapping[str, Mapping[str, float]]) -> list[Differenc
         first, *others = values
         among_all = math.comb(len(values), 2)
         few = [difference(first, other, values) for other in others]
-        return [replace(pair, p_adjusted=min(1.0, among_all * pair.p)) for pair in few]
+        return [replace(pair, p_adjusted=float(np.minimum(1.0, among_all * pair.p))) for pair in few]  # nan stays nan
     pairs = [difference(a, b, values) for a, b in itertools.combinations(values, 2)]
     adjusted = holm([pair.p for pair in pairs])
     return [replace(pair, p_adjusted=p) for pair, p in zip(pairs, adjusted, strict=True)]
@@ -236,8 +239,9 @@ def paired_bootstrap(
         raise ValueError(f"records of the two runs and tokens have shapes {a.shape}, {b.shape}, {weights.shape}")
     delta = b - a
     shifts = np.empty(resamples)
-    for start in range(0, resamples, 1000):  # a thousand at once keeps the index below 8 MB for a thousand records
-        drawn = generator.integers(len(a), size=(min(1000, resamples - start), len(a)))
+    at_once = max(1, 1_000_000 // len(a))  # an index of at most 8 MB
+    for start in range(0, resamples, at_once):
+        drawn = generator.integers(len(a), size=(min(at_once, resamples - start), len(a)))
         shifts[start : start + len(drawn)] = delta[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
     low, high = np.quantile(shifts, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Estimate(float(delta.sum() / weights.sum()), float(low), float(high), len(a))
@@ -249,20 +253,23 @@ def seeds_to_settle(differences: Difference, *, power: float = 0.8, alpha: float
     The noncentral t gives the power of n pairs. The spread is that of the pairs seen, itself uncertain with few pairs.
 
     Returns:
-        The smallest n up to 1,000, or None: more, or no spread to reckon with.
+        The smallest n up to 1,000, or None: more, or not compared in pairs, or no spread to reckon with.
     """
     seen = differences.estimate
-    if seen.n < 2 or differences.method == "untested" or seen.mean == 0:
+    if seen.n < 2 or differences.method != "paired" or seen.mean == 0:
         return None
     spread = seen.half_width * math.sqrt(seen.n) / float(stats.t.ppf((1 + CONFIDENCE) / 2, seen.n - 1))
     if spread == 0:
         return seen.n
-    for n in range(2, 1001):
+
+    def found(n: int) -> bool:
         critical = stats.t.ppf(1 - alpha / 2, n - 1)
         shift = abs(seen.mean) / spread * math.sqrt(n)
-        if stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift) >= power:
-            return n
-    return None
+        reached = stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift)
+        return bool(reached >= power) if np.isfinite(reached) else shift > 2 * critical  # nan far out
+
+    enough = bisect.bisect_left(range(2, 1002), True, key=found) + 2  # more pairs find more
+    return enough if enough <= 1000 else None
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float]:
@@ -270,10 +277,10 @@ def _finite(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _one_sample_p(values: Sequence[float]) -> float:
-    """Two-sided p that the mean of these is 0; equal values leave no doubt, or no difference."""
+    """Two-sided p that the mean of these is 0; nan where they are all the same and not 0: no spread to reckon with."""
     spread = np.std(values, ddof=1)
     if spread == 0:
-        return 1.0 if values[0] == 0 else 0.0
+        return 1.0 if values[0] == 0 else NAN
     t = float(np.mean(values) / (spread / math.sqrt(len(values))))
     return float(2 * stats.t.sf(abs(t), len(values) - 1))
 
@@ -283,7 +290,9 @@ def _welch(first: str, second: str, x: NDArray[np.float64], y: NDArray[np.float6
     vx, vy = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
     shift, n = float(y.mean() - x.mean()), min(len(x), len(y))
     if vx + vy == 0:
-        return Difference(first, second, Estimate(shift, shift, shift, n), float(shift == 0), "welch")
+        if shift == 0:
+            return Difference(first, second, Estimate(shift, shift, shift, n), 1.0, "welch")
+        return Difference(first, second, Estimate(shift, NAN, NAN, n), NAN, "untested")
     freedom = (vx + vy) ** 2 / (vx**2 / (len(x) - 1) + vy**2 / (len(y) - 1))
     error = math.sqrt(vx + vy)
     half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error

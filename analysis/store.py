@@ -44,6 +44,8 @@ _CHECKPOINT = "champion"
 
 _BULK_ROUTE = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
 _QUOTED = re.compile(r"""('[^']*'|"[^"]*"|`[^`]*`)""")
+_OF_A_FILTER = ("filter", "clause", "invalid", "expected")
+"""Words of MLflow's errors about filters."""
 _PLAIN_NAME = re.compile(r"\b(params|metrics|tags)\.([^\s=<>!`'\"]+)")
 
 Row = tuple[int, int, float]
@@ -103,7 +105,9 @@ class Store:
                         [*experiments], condition, ViewType.ACTIVE_ONLY, PAGE, ["attributes.start_time DESC"], token
                     )
             except TrackingError as error:
-                if where is None or not any(word in error.got.lower() for word in ("filter", "clause", "invalid")):
+                if where is None or not any(
+                    word in error.got.lower() for word in ("filter", "clause", "invalid", "expected")
+                ):
                     raise
                 raise TrackingError(
                     f"--where {where}",
@@ -171,7 +175,7 @@ class Store:
         with told(self.uri):
             found = self._client.get_experiment_by_name(experiment)
             experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
-            condition = f"tags.`{names.TAG_IMPORTED}` = '{imported.key}'"
+            condition = f"tags.`{names.TAG_IMPORTED}` = {_literal(imported.key)}"
             earlier = self._client.search_runs([experiment_id], condition)
             if earlier and earlier[0].data.tags.get(names.TAG_IMPORTED_ROWS) == str(len(imported.rows)):
                 return earlier[0].info.run_id, False
@@ -188,7 +192,7 @@ class Store:
             self._client.set_tag(run_id, names.TAG_IMPORTED_ROWS, str(len(rows)))  # last: it says that all are there
         return run_id, True
 
-    def comparison_run(self, runs: Sequence[Run]) -> str:
+    def comparison_run(self, runs: Sequence[Run]) -> tuple[str, bool]:
         """The run that stands for a comparison: the parent of all these runs, or one that is made to hold its report.
 
         Under `mlflow run` that is the run which MLflow has made already. The same runs find the same one again. It
@@ -196,10 +200,13 @@ class Store:
 
         Args:
             runs: at least one.
+
+        Returns:
+            Its id, and whether it was made to hold a report; a parent is the user's own.
         """
         parents = {run.tags.get(PARENT) for run in runs}
         if len(parents) == 1 and (parent := parents.pop()):
-            return parent
+            return parent, False
         key = hashlib.sha256(" ".join(sorted(run.id for run in runs)).encode()).hexdigest()[:32]
         experiment_id = runs[0].experiment_id
         arms = ", ".join(sorted({run.strategy for run in runs}))
@@ -208,18 +215,19 @@ class Store:
             if own := os.environ.get("MLFLOW_RUN_ID"):
                 for name, value in tags.items():
                     self._client.set_tag(own, name, value)
-                return own
-            found = self._client.search_runs([experiment_id], f"tags.`{names.TAG_COMPARISON}` = '{key}'")
+                return own, True
+            where = sorted({run.experiment_id for run in runs})
+            found = self._client.search_runs(where, f"tags.`{names.TAG_COMPARISON}` = '{key}'")
             if found:
-                return str(found[0].info.run_id)
+                return str(found[0].info.run_id), True
             made: str = self._client.create_run(experiment_id, tags=tags).info.run_id
             self._client.set_terminated(made)
-        return made
+        return made, True
 
-    def log_folder(self, run_id: str, folder: Path, path: str) -> None:
-        """Store a folder's files as artifacts of a run, below `path`."""
+    def log_file(self, run_id: str, path: Path, folder: str) -> None:
+        """Store a file as an artifact of a run, below `folder`."""
         with told(self.uri):
-            self._client.log_artifacts(run_id, str(folder), path)
+            self._client.log_artifact(run_id, str(path), folder)
 
     def describe(self, run_id: str, markdown: str) -> None:
         """Set a run's description, which the MLflow UI renders."""
@@ -249,7 +257,7 @@ class Store:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
             digest = tags[names.TAG_CHECKPOINT_DIGEST]
-            for version in self._client.search_model_versions(f"name = '{model}'"):
+            for version in self._client.search_model_versions(f"name = {_literal(model)}"):
                 if version.run_id == run_id and version.tags.get(names.TAG_CHECKPOINT_DIGEST) == digest:
                     break
             else:
@@ -322,6 +330,11 @@ class Store:
 def finite_or_infinite(value: float) -> float:
     """A value as it was logged: databases hold no infinities, and MLflow writes the largest float in their place."""
     return math.copysign(math.inf, value) if abs(value) >= sys.float_info.max else value
+
+
+def _literal(text: str) -> str:
+    """A text as MLflow's filters take it; one with both kinds of quotes cannot be told to them."""
+    return f'"{text}"' if "'" in text else f"'{text}'"
 
 
 def quoted(where: str) -> str:

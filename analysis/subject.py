@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from analysis.ranking import STEP, Ranking, Row
+from analysis.runs import Run
 from analysis.settings import number
 from trainer import names
 
@@ -18,6 +19,10 @@ MUST_AGREE = {
     names.TAG_VAL_DIGEST: "validation data",
     names.TAG_CODE_VERSION: "code",
     **{names.DTYPE + part: f"number format of what trains of the {part}" for part in names.PARTS},
+    "tracking.smoothing_weight": "smoothing",
+    "tracking.probe_records": "records behind the clean gap",
+    "tracking.vision_gain_records": "records behind the vision gain",
+    "tracking.generate_records": "records behind F1",
 }
 """Tag or param -> what it is of; runs in one ranking should have the same."""
 
@@ -32,6 +37,9 @@ class Arm:
 
     name: str
     n_seeds: int = 1
+    """With a finite value."""
+    n_diverged: int = 0
+    """Seeds whose ranked value is nan or infinite."""
     ranked: float = NAN
     """The value that it is ranked by."""
     eval_loss: float = NAN
@@ -56,6 +64,7 @@ class Arm:
     rank: str = ""
     """Of LoRA, as configured."""
     vit_lr: float = NAN
+    stopped_early: bool = False
     augmented: bool = False
     """Whether it was trained on augmented images."""
     after_the_end: Mapping[int, float] = field(default_factory=dict)
@@ -93,13 +102,14 @@ def subject_of(ranking: Ranking) -> Subject:
     Where all of them are published, also what was printed about them; margins only where the ranking is the one that
     they were printed for.
     """
-    printed = [json.loads(row.readings[0].run.tags.get(names.TAG_PRINTED, "{}")) for row in ranking.rows]
+    printed = [_printed(row.readings[0].run) for row in ranking.rows]
+    at_end = ranking.at.kind == "final"
     claims: dict[str, Any] = printed[0].get("claims", {}) if printed and all(printed) else {}
     low, high = claims.get("effective_batch", (NAN, NAN))
-    as_printed = bool(claims) and ranking.by == names.EVAL_LOSS_SMOOTHED and ranking.at.kind == "final"
+    as_printed = bool(claims) and ranking.by == names.EVAL_LOSS_SMOOTHED and at_end
     margins = {row.label: of_arm["margin"] for row, of_arm in zip(ranking.rows, printed, strict=True) if as_printed}
     return Subject(
-        arms=[_arm(row, ranking.by, of_arm) for row, of_arm in zip(ranking.rows, printed, strict=True)],
+        arms=[_arm(row, ranking.by, of_arm, at_end=at_end) for row, of_arm in zip(ranking.rows, printed, strict=True)],
         margins={label: margin for label, margin in margins.items() if margin is not None},
         effective_batch=(low, high) if "effective_batch" in claims else None,
         ranks=claims.get("ranks", 1),
@@ -108,7 +118,18 @@ def subject_of(ranking: Ranking) -> Subject:
     )
 
 
-def _arm(row: Row, by: str, printed: Mapping[str, Any]) -> Arm:
+def _printed(run: Run) -> dict[str, Any]:
+    """What was printed about a published run; anybody can set tags, and what is not ours says nothing."""
+    if names.TAG_SOURCE not in run.tags:
+        return {}
+    try:
+        found = json.loads(run.tags.get(names.TAG_PRINTED, "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _arm(row: Row, by: str, printed: Mapping[str, Any], *, at_end: bool) -> Arm:
     def mean(key: str) -> float:
         return row.estimates[key].mean
 
@@ -120,16 +141,19 @@ def _arm(row: Row, by: str, printed: Mapping[str, Any]) -> Arm:
     }
     return Arm(
         name=row.label,
-        n_seeds=len(runs),
+        n_seeds=row.estimates[by].n,
+        n_diverged=row.estimates[by].excluded,
         ranked=mean(by),
         eval_loss=mean(names.EVAL_LOSS),
         train_loss=mean(names.TRAIN_LOSS),
         train_loss_smoothed=mean(names.TRAIN_LOSS_SMOOTHED),
         lowest=mean(names.BEST_LOSS),
         lowest_step=mean(names.BEST_STEP),
-        final_step=mean(STEP),
-        hours=mean(names.TRAIN_SECONDS) / 3600,
-        samples=mean(names.SAMPLES_SEEN),
+        # elsewhere than at the end these say how far an arm was read, and not what it was given
+        final_step=mean(STEP) if at_end else NAN,
+        hours=mean(names.TRAIN_SECONDS) / 3600 if at_end else NAN,
+        samples=mean(names.SAMPLES_SEEN) if at_end else NAN,
+        stopped_early=any(run.tags.get(names.TAG_STOPPED_EARLY) for run in runs),
         gap=mean(names.GAP),
         f1=mean(names.F1),
         vision_gain=mean(names.VISION_GAIN),

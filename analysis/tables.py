@@ -14,9 +14,10 @@ from rich.text import Text
 
 from analysis.checks import careful_reading
 from analysis.page import plain, table
-from analysis.ranking import COLUMNS, COST, LEARNED, LOSS, Column, Ranking, Row, verdict
+from analysis.ranking import COLUMNS, COST, LEARNED, LOSS, Column, Ranking, Row
 from analysis.statistics import Estimate
 from analysis.subject import subject_of
+from analysis.verdict import verdict
 
 NOTE = "Means over seeds ± half the 95 % interval (Student's t over seeds); where there is one seed, no interval."
 
@@ -55,7 +56,7 @@ def render(ranking: Ranking, console: Console) -> None:
             grid.add_column(column.header, justify="right")
         for row in ranking.rows:
             head = [str(row.estimates[ranking.by].n), margin(row)] if group == LOSS else []
-            grid.add_row(row.label, *head, *(cell(row.estimates[column.key], column) for column in columns))
+            grid.add_row(Text(row.label), *head, *(cell(row.estimates[column.key], column) for column in columns))
         parts.append(grid)
     console.print(Group(*parts, Text("\n".join(footer(ranking)))))
 
@@ -136,7 +137,7 @@ def footer(ranking: Ranking) -> list[str]:
     lines = [*verdict(ranking), f"Ranked by {ranking.by}, read at {ranking.at}. {NOTE}"]
     if ranking.n_not_finite:
         lines.append(f"{ranking.n_not_finite} points of these curves are not finite numbers and count nowhere.")
-    if findings := careful_reading(subject_of(ranking)) if len(ranking.rows) > 1 else []:
+    if findings := careful_reading(subject_of(ranking)) if len(ranking.rows) > 1 and not ranking.each else []:
         lines += ["Noticed:", *(f"- {finding.text}" for finding in findings)]
     if ranking.excluded:
         lines.append("Not ranked:")

@@ -60,7 +60,7 @@ def _imported(folder: Path, name: str) -> Imported:
             rows.append((names.BEST_LOSS, int(curve.steps[-1]), times[-1], float(curve.values[best])))
             rows.append((names.BEST_STEP, int(curve.steps[-1]), times[-1], float(curve.steps[best])))
     return Imported(
-        key=f"{SOURCE}:{name}",
+        key=f"{SOURCE}:{name}:{min((time for _, _, time, _ in rows), default=0)}",  # two folders may hold a `seed17`
         name=name,
         note=f"Imported from TensorBoard's event files in `{folder}`; not trained by this project. Smoothed losses "
         f"(weight {SMOOTHING}) and the lowest eval loss were added.",

@@ -94,6 +94,7 @@ def facts(**values: str) -> dict[str, frozenset[str]]:
 
 PLANTED: dict[str, Callable[[Subject], Subject]] = {
     "one_seed": lambda s: with_arm(s, 1, n_seeds=1),
+    "diverged": lambda s: with_arm(s, 0, n_diverged=2),
     "overfitting": lambda s: with_arm(s, 2, lowest=0.55, lowest_step=20),
     "unequal_budget": lambda s: with_arm(s, 1, samples=3200),
     "accumulation": lambda s: replace(with_arm(s, 1, accumulation=4), effective_batch=(2, 4)),

@@ -137,6 +137,8 @@ def test_a_run_of_ours_is_ranked(tmp_path: Path) -> None:
         (["report", "--axis", "furlongs"], ["furlongs", "samples"]),
         (["promote"], ["last6_lora (published) is not distinguishable from last6_full", "--anyway"]),
         (["promote", "--anyway"], ["no checkpoint"]),
+        (["plot", "--out", "/proc/figures"], ["/proc/figures", "--out"]),
+        (["rank", "--where", "params.x = 1"], ["--where"]),
         (["rank", "--where", "params.tuner.lora_rank = '99'"], ["for which --where holds"]),
         (["rank", "--format", "xml"], ["xml"]),
         (["import_published", "--file", "none.yaml"], ["none.yaml", "experiments/published"]),

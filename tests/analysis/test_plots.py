@@ -1,5 +1,6 @@
 """Figures: what is computed before anything is drawn, one look an arm, and files that are there and whole."""
 
+import io
 import math
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from rich.console import Console
 
 from analysis.comparison import CURVES_NEEDED, Comparison, along, default_axis
 from analysis.curves import Curve, last_write_wins
 from analysis.plots import draw, looks, over_seeds, pareto, sweep
 from analysis.ranking import At, Ranking, Reading, rank, read
+from analysis.tables import render
 from tests.analysis.test_ranking import run
 
 
@@ -94,6 +97,17 @@ def test_all_figures_that_can_be_drawn_are_written(tmp_path: Path) -> None:
     first = {path: path.with_suffix(".svg").read_bytes() for path in paths}
     assert {path: path.with_suffix(".svg").read_bytes() for path in draw(found, tmp_path, "samples")} == first
     assert all(b">a</text>" in text for path, text in first.items() if path.stem == "eval_loss")
+
+
+def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    """A regular expression is no formula, and a bracket no markup: neither a traceback nor lost text."""
+    hostile = r".*\.(qkv)$|.*_x^{$ [/red]"
+    found = comparison({hostile: 16, "b": 32})
+    paths = draw(found, tmp_path, "samples")
+    assert b"(qkv)$|.*_x^{$" in (tmp_path / "eval_loss.svg").read_bytes() and len(paths) == 5
+    console = Console(width=300, record=True, file=io.StringIO())
+    render(found.ranking, console)
+    assert hostile in console.export_text()
 
 
 def test_what_was_not_logged_is_not_drawn(tmp_path: Path) -> None:

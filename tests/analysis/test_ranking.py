@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from analysis.curves import Curve, last_write_wins
-from analysis.ranking import At, Reading, arms, parse_at, rank, read, verdict, why_excluded
+from analysis.ranking import At, Reading, arms, parse_at, rank, read, why_excluded
 from analysis.runs import Run
+from analysis.verdict import verdict
 from benchmarks import recorded
 from trainer.errors import UserError
 

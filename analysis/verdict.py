@@ -1,0 +1,99 @@
+"""What a ranking shows, in sentences: the winner, what it is told apart from, and what not."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from analysis.ranking import Ranking, Row, direction
+from analysis.statistics import Difference
+
+_LISTED = 8
+"""So many names stand in a sentence; the rest is counted."""
+
+Standing = Literal["ahead", "reversed", "open", "untested"]
+
+
+def standing(ranking: Ranking, row: Row) -> Standing:
+    """How the winner stands against another arm.
+
+    `reversed`: over all seeds the winner is better, on the seeds that both have it is the other, by more than noise.
+    The order is one of means, the test one of pairs; where arms lack seeds of each other the two can disagree.
+    """
+    pair = pair_of(ranking, ranking.rows[0], row)
+    if pair is None or pair.method == "untested":
+        return "untested"
+    if not pair.distinguishable:
+        return "open"
+    return "ahead" if _worse_by(ranking, row, pair) > 0 else "reversed"
+
+
+def pair_of(ranking: Ranking, one: Row, other: Row) -> Difference | None:
+    """The comparison of two arms, in whichever order it was made."""
+    wanted = {one.label, other.label}
+    return next((pair for pair in ranking.differences if {pair.first, pair.second} == wanted), None)
+
+
+def verdict(ranking: Ranking) -> list[str]:
+    """The verdict, a sentence or list item a line."""
+    if not ranking.rows:
+        return ["No run can be ranked."]
+    if ranking.each:
+        return ["A row is a run here: what is more than the noise of seeds, only runs pooled by arm can tell."]
+    if len(ranking.rows) == 1:
+        return ["One arm only: there is nothing to compare it with."]
+    winner, *others = ranking.rows
+    if math.isnan(winner.estimates[ranking.by].mean):
+        return [f"No arm has a finite {ranking.by}."]
+    word = "lowest" if direction(ranking.by) == "lower" else "highest"
+    lines = [f"{winner.label} has the {word} {ranking.by}, {winner.estimates[ranking.by].mean:.4f}."]
+    finite = [row for row in others if not math.isnan(row.estimates[ranking.by].mean)]
+    stands = {row.label: standing(ranking, row) for row in finite}
+    for wanted, text in (
+        ("ahead", "It is distinguishable from"),
+        ("reversed", "It is distinguishable, but behind on the seeds that both have, from"),
+        ("open", "It is not distinguishable from"),
+    ):
+        told = [row for row in finite if stands[row.label] == wanted]
+        lines += [f"{text}:"] * bool(told) + [_told(ranking, row) for row in told]
+    untested = [f"{row.label}{_percent(row, ' ({:.1f} %)')}" for row in finite if stands[row.label] == "untested"]
+    if untested:
+        lines.append(
+            f"Against {listed(untested)} there are too few seeds: one run an arm cannot tell a difference from the "
+            "noise of seeds."
+        )
+    if nowhere := [row.label for row in others if row not in finite]:
+        lines.append(f"Without a finite value: {listed(nowhere)}.")
+    rest = [
+        f"{d.first} and {d.second}" for d in ranking.differences
+        if winner.label not in (d.first, d.second) and d.method != "untested" and not d.distinguishable
+    ]  # fmt: skip
+    if rest:
+        lines.append(f"Not distinguishable either: {listed(rest)}.")
+    return lines
+
+
+def listed(items: Sequence[str]) -> str:
+    """`a, b and 12 more`."""
+    shown = ", ".join(items[:_LISTED])
+    return shown if len(items) <= _LISTED else f"{shown} and {len(items) - _LISTED} more"
+
+
+def _worse_by(ranking: Ranking, row: Row, pair: Difference) -> float:
+    """How much worse than the winner an arm is by their comparison."""
+    sign = 1 if row.label == pair.second else -1
+    return sign * pair.estimate.mean * (1 if direction(ranking.by) == "lower" else -1)
+
+
+def _told(ranking: Ranking, row: Row) -> str:
+    pair = pair_of(ranking, ranking.rows[0], row)
+    assert pair is not None  # noqa: S101  # it was tested
+    shift, sign = pair.estimate, 1 if row.label == pair.second else -1
+    low, high = sorted((sign * shift.low, sign * shift.high))
+    return (
+        f"- {row.label}:{_percent(row, ' {:.1f} % worse;')} difference {sign * shift.mean:+.4f}, 95 % interval "
+        f"{low:+.4f} to {high:+.4f}; p = {pair.p_adjusted:.2g} after Holm, {pair.method}, n = {shift.n}"
+    )
+
+
+def _percent(row: Row, form: str) -> str:
+    return "" if math.isnan(row.margin) else form.format(row.margin)
