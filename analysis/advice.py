@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import cache
 
 from analysis.checks import Finding
-from analysis.effects import BLOCKS, METHOD, METHODS
+from analysis.effects import METHODS
 from analysis.ranking import TRAINABLE, Ranking, Row
 from analysis.runs import Run
-from analysis.settings import number, same
+from analysis.settings import BLOCKS, LORA_RANK, METHOD, SEED, VIT_LR, number, same
 from analysis.statistics import ALL_PAIRS, FAMILY_ERROR, seeds_to_settle
 from analysis.verdict import listed, pair_of, standing
 from trainer import names
@@ -26,7 +26,6 @@ _SEEDS_AT_ONCE = 20
 ENOUGH_SEEDS = 3
 """Fewer give no interval worth reading, and no winner that can be told apart."""
 
-_SEED, _VIT_LR, _RANK = "training.seed", "training.vit_lr", "tuner.lora_rank"
 
 EXPLAINED_BY = {
     "not_alike": "runs of different data, weights, code or number formats are compared",
@@ -138,7 +137,7 @@ def command_of(run: Run, changes: Mapping[str, str] | None = None) -> str:
 def _command(strategy: str, run: Run, given: Mapping[str, str]) -> str:
     profile = run.tags.get(names.TAG_PROFILE, "")
     values = {"profile": profile} if profile not in ("", DEFAULT_PROFILE) else {}
-    values |= {"seed" if key == _SEED else key: value for key, value in given.items()}
+    values |= {"seed" if key == SEED else key: value for key, value in given.items()}
     told = "".join(f" -P {shlex.quote(f'{key}={value}')}" for key, value in values.items())
     where = f" --experiment-name {shlex.quote(run.experiment)}" if run.experiment else ""
     command = f"mlflow run . -e {strategy} --env-manager local{where}{told}"
@@ -153,7 +152,7 @@ def _given(run: Run) -> dict[str, str] | None:
     if any(key.startswith("strategy.") and key not in run.params for key in shipped):
         return None  # a file of the user's that happens to have the name of a shipped one, in another form
     given = {key: value for key in shipped if same(value := run.params.get(key, shipped[key])) != same(shipped[key])}
-    return given | ({_SEED: run.seed} if run.seed else {})
+    return given | ({SEED: run.seed} if run.seed else {})
 
 
 @cache
@@ -174,7 +173,7 @@ def _seeds(ranking: Ranking) -> list[Step]:
     steps = [
         Step(
             f"{row.label} has {row.estimates[ranking.by].n} of at least {ENOUGH_SEEDS} seeds.",
-            command_of(row.readings[0].run, {_SEED: _fresh_seed(row)}),
+            command_of(row.readings[0].run, {SEED: _fresh_seed(row)}),
         )
         for row in few
     ]
@@ -209,7 +208,7 @@ def _for_both(one: Row, other: Row, more: int) -> list[str]:
     commands = []
     for row, own in zip((one, other), have, strict=True):
         wanted = [seed for seed in seeds if seed not in own]
-        command = command_of(row.readings[0].run, {_SEED: "SEED"}) if wanted else ""
+        command = command_of(row.readings[0].run, {SEED: "SEED"}) if wanted else ""
         commands.append(
             f"for seed in {' '.join(wanted)}; do {command.replace('-P seed=SEED', '-P seed=$seed')}; done"
             if command
@@ -256,7 +255,7 @@ def _command_for_cell(run: Run, depth: str, method: str) -> str:
     for path in sorted(experiments_dir().glob("*.yaml")):
         shipped = _shipped(path.stem, run.tags.get(names.TAG_PROFILE, ""))
         if shipped and (shipped[BLOCKS], shipped[METHOD]) == (depth, method):
-            kept = {key: value for key, value in given.items() if key not in (BLOCKS, METHOD, _VIT_LR)}
+            kept = {key: value for key, value in given.items() if key not in (BLOCKS, METHOD, VIT_LR)}
             return _command(path.stem, run, kept)
     return ""
 
@@ -268,8 +267,8 @@ def _neighbours(ranking: Ranking) -> list[Step]:
     steps = []
     for key, values, what in (
         (BLOCKS, _other_blocks(run), "vision blocks"),
-        (_VIT_LR, _halved_and_doubled(run.params.get(_VIT_LR)), "vision learning rate"),
-        (_RANK, _other_ranks(run) if run.params.get(METHOD) == "lora" else [], "LoRA rank"),
+        (VIT_LR, _halved_and_doubled(run.params.get(VIT_LR)), "vision learning rate"),
+        (LORA_RANK, _other_ranks(run) if run.params.get(METHOD) == "lora" else [], "LoRA rank"),
     ):
         tried = {same(r.readings[0].run.params.get(key)) for r in ranking.rows if r.strategy == winner.strategy}
         for value in values:
@@ -298,7 +297,7 @@ def _halved_and_doubled(text: str | None) -> list[str]:
 
 
 def _other_ranks(run: Run) -> list[str]:
-    value = number(run.params.get(_RANK))
+    value = number(run.params.get(LORA_RANK))
     return (
         [str(int(rank)) for rank in (value / 2, 2 * value) if rank >= 1 and rank == int(rank)] if value == value else []
     )

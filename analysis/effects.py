@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.ranking import Ranking, Reading, Row
-from analysis.settings import differing
+from analysis.settings import BLOCKS, METHOD, differing
 from analysis.statistics import (
     Difference,
     Estimate,
@@ -21,7 +21,6 @@ from analysis.statistics import (
 )
 from trainer import names
 
-BLOCKS, METHOD = "strategy.vision.blocks", "strategy.vision.method"
 METHODS = ("lora", "full")
 
 

@@ -12,13 +12,11 @@ from matplotlib.figure import Figure
 
 from analysis.comparison import AXES, CURVE_FIGURES, Comparison, along
 from analysis.curves import Curve, Floats
-from analysis.effects import BLOCKS, METHOD, METHODS, domain_values, n_blocks
+from analysis.effects import METHODS, domain_values, n_blocks
 from analysis.ranking import TRAINABLE, Ranking, Row
-from analysis.settings import number
+from analysis.settings import BLOCKS, LORA_RANK, METHOD, VIT_LR, number
 from analysis.statistics import Estimate
 from trainer import names
-
-_VIT_LR, _RANK = "training.vit_lr", "tuner.lora_rank"
 
 COSTS = {
     TRAINABLE: ("trainable parameters, M", 1e-6),
@@ -238,12 +236,12 @@ def domain_map(ranking: Ranking) -> Figure | None:
 
 SWEEPS: dict[str, tuple[str, Callable[[Row], float], tuple[str, ...]]] = {
     "blocks": ("trained vision blocks", n_blocks, (METHOD,)),
-    "vit_lr": ("learning rate of the vision part", lambda row: _param(row, "training.vit_lr"), (BLOCKS, METHOD, _RANK)),
-    "rank": ("LoRA rank", lambda row: _param(row, _RANK), (BLOCKS, METHOD, _VIT_LR)),
+    "vit_lr": ("learning rate of the vision part", lambda row: _param(row, VIT_LR), (BLOCKS, METHOD, LORA_RANK)),
+    "rank": ("LoRA rank", lambda row: _param(row, LORA_RANK), (BLOCKS, METHOD, VIT_LR)),
 }
 """Figure -> label of x, x of an arm, params that arms on one line share."""
 
-_TOLD = {_RANK: "rank ", _VIT_LR: "rate "}
+_TOLD = {LORA_RANK: "rank ", VIT_LR: "rate "}
 
 
 def sweep(ranking: Ranking, name: str) -> Figure | None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from analysis.advice import next_steps, recommendation
-from analysis.checks import careful_reading
+from analysis.advice import Recommendation, next_steps, recommendation
+from analysis.checks import Finding, careful_reading
 from analysis.comparison import AXES, Comparison, mean_at, round_points
 from analysis.effects import arm_by_domain, by_domain, depth_by_method
 from analysis.page import code, plain, table
@@ -61,18 +61,20 @@ class Material:
 def document(material: Material) -> str:
     """The whole report; pictures are named as `figures/NAME.png`."""
     ranking = material.ranking
+    findings = careful_reading(subject_of(ranking))
+    advice = recommendation(ranking, findings) if ranking.rows else None
     sections = [
         _head(material),
-        _summary(ranking),
+        _summary(ranking, advice),
         _compared(ranking),
         _final(material),
         _curves(material),
         _two_by_two(material),
         _domains(material),
         _certainty(material),
-        _findings(ranking),
-        _recommended(ranking),
-        _next(ranking),
+        _findings(findings),
+        _recommended(advice),
+        _next(ranking, findings),
         reproduce(ranking, material.environments),
         common(ranking),
     ]
@@ -93,10 +95,9 @@ def _head(material: Material) -> Iterator[str]:
     yield ""
 
 
-def _summary(ranking: Ranking) -> Iterator[str]:
+def _summary(ranking: Ranking, advice: Recommendation | None) -> Iterator[str]:
     yield from ("## Summary", "")
-    if ranking.rows:
-        advice = recommendation(ranking, careful_reading(subject_of(ranking)))
+    if advice:
         yield f"**{plain(advice.arm)}** comes first; confidence in it: **{advice.confidence}**."
         yield ""
     yield from (plain(line) if not line.startswith("- ") else f"- {plain(line[2:])}" for line in verdict(ranking))
@@ -266,29 +267,27 @@ def _certainty(material: Material) -> Iterator[str]:
     yield ""
 
 
-def _findings(ranking: Ranking) -> Iterator[str]:
+def _findings(findings: Sequence[Finding]) -> Iterator[str]:
     yield from ("## What a careful reader notices", "")
-    findings = careful_reading(subject_of(ranking))
     yield from (f"- {plain(finding.text)}" for finding in findings)
     if not findings:
         yield "Nothing."
     yield ""
 
 
-def _recommended(ranking: Ranking) -> Iterator[str]:
+def _recommended(advice: Recommendation | None) -> Iterator[str]:
     yield from ("## Recommendation", "")
-    if not ranking.rows:
+    if advice is None:
         yield from ("Nothing was ranked.", "")
         return
-    advice = recommendation(ranking, careful_reading(subject_of(ranking)))
     yield f"Train **{plain(advice.arm)}**. Confidence: **{advice.confidence}**."
     yield from (f"- {plain(sentence)}" for sentence in advice.why)
     yield ""
 
 
-def _next(ranking: Ranking) -> Iterator[str]:
+def _next(ranking: Ranking, findings: Sequence[Finding]) -> Iterator[str]:
     yield from ("## What to run next", "")
-    for step in next_steps(ranking, careful_reading(subject_of(ranking))):
+    for step in next_steps(ranking, findings):
         yield f"- {plain(step.why)}"
         if step.command:
             yield from ("", f"      {step.command}", "")

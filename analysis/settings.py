@@ -8,8 +8,11 @@ from analysis.runs import Run
 from trainer import names
 from trainer.config.load import SHORT_NAMES
 
+BLOCKS, METHOD = "strategy.vision.blocks", "strategy.vision.method"
+SEED, VIT_LR, LORA_RANK = "training.seed", "training.vit_lr", "tuner.lora_rank"
+
 _MAKE_NO_ARM = (
-    "training.seed", "training.run_name", "training.output_dir", "tracking.", "launch.", "data.dataloader_num_workers",
+    SEED, "training.run_name", "training.output_dir", "tracking.", "launch.", "data.dataloader_num_workers",
 )  # fmt: skip
 """Settings that may differ between runs of one arm."""
 

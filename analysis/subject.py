@@ -8,7 +8,7 @@ from typing import Any
 
 from analysis.ranking import STEP, Ranking, Row
 from analysis.runs import Run
-from analysis.settings import number
+from analysis.settings import BLOCKS, LORA_RANK, METHOD, VIT_LR, number
 from trainer import names
 
 NAN = math.nan
@@ -159,10 +159,10 @@ def _arm(row: Row, by: str, printed: Mapping[str, Any], *, at_end: bool) -> Arm:
         vision_gain=mean(names.VISION_GAIN),
         micro_batch=number(params.get("training.per_device_train_batch_size")),
         accumulation=number(params.get("training.gradient_accumulation_steps")),
-        blocks=params.get("strategy.vision.blocks", ""),
-        method=params.get("strategy.vision.method", ""),
-        rank=params.get("tuner.lora_rank", ""),
-        vit_lr=number(params.get("training.vit_lr")),
+        blocks=params.get(BLOCKS, ""),
+        method=params.get(METHOD, ""),
+        rank=params.get(LORA_RANK, ""),
+        vit_lr=number(params.get(VIT_LR)),
         augmented=params.get("custom.augmentation.enabled") == "true",
         after_the_end={int(step): loss for step, loss in printed.get("after_the_end", {}).items()},
         facts=facts,

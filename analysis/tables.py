@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from analysis.checks import careful_reading
+from analysis.checks import Finding, careful_reading
 from analysis.page import plain, table
 from analysis.ranking import COLUMNS, COST, LEARNED, LOSS, Column, Ranking, Row
 from analysis.statistics import Estimate
@@ -123,7 +123,7 @@ def as_json(ranking: Ranking) -> str:
         "verdict": verdict(ranking),
         "findings": [
             {"check": found.check, "text": found.text, "numbers": {k: _plain(v) for k, v in found.numbers.items()}}
-            for found in careful_reading(subject_of(ranking))
+            for found in _noticed(ranking)
         ],
     }
     return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
@@ -137,12 +137,17 @@ def footer(ranking: Ranking) -> list[str]:
     lines = [*verdict(ranking), f"Ranked by {ranking.by}, read at {ranking.at}. {NOTE}"]
     if ranking.n_not_finite:
         lines.append(f"{ranking.n_not_finite} points of these curves are not finite numbers and count nowhere.")
-    if findings := careful_reading(subject_of(ranking)) if len(ranking.rows) > 1 and not ranking.each else []:
+    if len(ranking.rows) > 1 and (findings := _noticed(ranking)):
         lines += ["Noticed:", *(f"- {finding.text}" for finding in findings)]
     if ranking.excluded:
         lines.append("Not ranked:")
         lines += [f"- {run.name or run.strategy} ({run.id[:8]}) {reason}" for run, reason in ranking.excluded]
     return lines
+
+
+def _noticed(ranking: Ranking) -> list[Finding]:
+    """What a careful reader notices; of rows that are runs nothing, since it is about arms."""
+    return [] if ranking.each else careful_reading(subject_of(ranking))
 
 
 def margin(row: Row) -> str:
