@@ -15,7 +15,7 @@ from tests.conftest import PAD_ID, shapes_of, strategy, tiny_model, tiny_samples
 from trainer import launch
 from trainer.config.zero import zero_settings
 from trainer.data.loader import Batch, collate
-from trainer.data.packing import StepPlan
+from trainer.data.packing import Fixed, StepPlan
 from trainer.engine import Engine
 from trainer.events import Seen
 from trainer.gate import Gate
@@ -34,7 +34,7 @@ def take(folder: Path, kind: str, dtype: str, dropout: float, *, ranks: int = 1,
 
     `step.json`: loss, norms, counts. `step.safetensors`: every gradient before clipping, every update.
     """
-    plan = StepPlan(tuple(length + 2 for length in LENGTHS), seed=3, micro_batch=1, accumulation=accumulation,
+    plan = StepPlan(Fixed(tuple(length + 2 for length in LENGTHS)), seed=3, micro_batch=1, accumulation=accumulation,
                     ranks=ranks, capacity=36)  # fmt: skip
     base = tiny_model(dtype=getattr(torch, dtype))
     model = apply_plan(base, make_plan(strategy("all_lora", dropout=dropout), shapes_of(base)), seed=1)

@@ -10,6 +10,7 @@ from tests.conftest import ARMS, MakeParts, take_step, tiny_batch
 from trainer.budget import budget_from, schedule_from
 from trainer.build import refuse_unbuilt, strategy_from
 from trainer.config.load import load
+from trainer.data.packing import Fixed
 from trainer.gate import Verdict
 from trainer.model import parameter_shapes
 from trainer.strategy import make_plan
@@ -113,7 +114,7 @@ def test_lr_scale_keeps_the_ratios_between_arms(arm: str) -> None:
     config = load(arm).config
     plain = load(arm, overrides={"training.lr_scale": "1"}).config
     scale = config.training.lr_scale
-    a, b = (schedule_from(c, budget_from(c, (100,) * 100)) for c in (config, plain))
+    a, b = (schedule_from(c, budget_from(c, Fixed((100,) * 100))) for c in (config, plain))
     assert a.peaks == {part: pytest.approx(peak * scale) for part, peak in b.peaks.items()}
     assert a.floor == pytest.approx(b.floor * scale)
 

@@ -45,7 +45,7 @@ def test_plain_transformers_and_peft_reproduce_the_eval_loss(
     data = build.read_data(config)
     encoder = build.make_encoder(config, load_tools("pocket"), data.taxonomy)
     conversations = [
-        {"image": str(r.images[0]), "messages": encoder.messages(r)[:2], "answer": encoder.answer(r)}
+        {"image": str(r.images[0].path), "messages": encoder.messages(r)[:2], "answer": encoder.answer(r)}
         for r in data.val.records
     ]
     (tmp_path / "conversations.json").write_text(json.dumps(conversations), encoding="utf-8")

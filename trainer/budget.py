@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from trainer.config.schema import Config
-from trainer.data.packing import StepPlan
+from trainer.data.packing import Samples, StepPlan
 from trainer.loop import Cadence
 from trainer.optim import Schedule
 from trainer.strategy import Part
@@ -22,8 +22,8 @@ class Budget:
 
     @property
     def samples(self) -> int:
-        """Training samples of an epoch."""
-        return len(self.plan.lengths)
+        """Training samples of the first epoch; with weights other epochs hold a few more or less."""
+        return self.plan.samples.count(0)
 
     @property
     def effective_batch(self) -> int:
@@ -46,11 +46,11 @@ class Budget:
         return tuple(end for end in ends if end <= self.total_steps)
 
 
-def budget_from(config: Config, lengths: tuple[int, ...]) -> Budget:
-    """Steps and packs of a run over samples of so many tokens."""
+def budget_from(config: Config, samples: Samples) -> Budget:
+    """Steps and packs of a run over these samples."""
     training = config.training
     plan = StepPlan(
-        lengths=lengths,
+        samples=samples,
         seed=training.seed,
         micro_batch=training.per_device_train_batch_size,
         accumulation=training.gradient_accumulation_steps,

@@ -17,8 +17,9 @@ from trainer.config.problems import Problem, place, raise_if_any
 from trainer.config.resolved import Resolved
 from trainer.config.schema import Config
 from trainer.config.zero import zero_settings
+from trainer.data.loader import SampleCache, SampleSet
 from trainer.data.template import Encoder
-from trainer.datasets import Data, check_lengths, make_encoder, read_data
+from trainer.datasets import Data, check_lengths, make_encoder, mix_from, read_data
 from trainer.engine import Engine
 from trainer.errors import ConfigError
 from trainer.metrics import Meter
@@ -37,6 +38,8 @@ class Prepared:
     tools: Tools
     encoder: Encoder
     data: Data
+    samples: SampleSet
+    """What is trained on, epoch by epoch."""
     budget: Budget
     schedule: Schedule
     zero: dict[str, Any] | None
@@ -60,9 +63,10 @@ def prepare(resolved: Resolved) -> Prepared:
     tools = load_tools(config.model.model)
     encoder = make_encoder(config, tools, data.taxonomy)
     data = check_lengths(config, data, encoder)
-    budget = budget_from(config, tuple(encoder.length(record) for record in data.train.records))
+    samples = SampleSet(data.train.records, encoder, mix_from(config, training=True), cache=SampleCache())
+    budget = budget_from(config, samples)
     schedule = schedule_from(config, budget)
-    return Prepared(arm_name(resolved), plan, tools, encoder, data, budget, schedule, zero, no_effect)
+    return Prepared(arm_name(resolved), plan, tools, encoder, data, samples, budget, schedule, zero, no_effect)
 
 
 def arm_name(resolved: Resolved) -> str:
@@ -149,8 +153,6 @@ def refuse_unbuilt(resolved: Resolved) -> None:
     """
     config = resolved.config
     unbuilt = {
-        "custom.augmentation.enabled": (config.custom.augmentation.enabled, "false"),
-        "custom.images_per_user_turn": (config.custom.images_per_user_turn > 1, "1"),
         **{f"tuner.{key}": (True, "a strategy section instead") for key in config.raw_strategy},
     }
     raise_if_any(

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from trainer.config.schema import Config
 from trainer.data import loader
+from trainer.data.augment import Chain, Rules, Step
 from trainer.data.digits import ensure_digits
 from trainer.data.exchange import exchange_images
-from trainer.data.loader import Batch, SampleSet, collate, eval_batches
+from trainer.data.loader import Batch, SampleCache, SampleSet, collate, eval_batches
 from trainer.data.packing import best_fit
-from trainer.data.prompts import Taxonomy
+from trainer.data.prompts import Taxonomy, partly_visible
 from trainer.data.records import Record, RecordSet, read_records
 from trainer.data.template import Encoder, Sample
+from trainer.data.turns import Mix
 from trainer.errors import DataError
 from trainer.events import EVAL, EXCHANGED, OOD, PROBE
 from trainer.loop import EvalSet
@@ -68,12 +70,56 @@ def read_data(config: Config) -> Data:
             ) from None
         train, val, taxonomy = str(paths.train), str(paths.val), taxonomy or str(paths.taxonomy)
         ood = str(paths.ood) if digits.ood else None
-    return Data(
-        train=read_records(Path(train), on_bad_record=custom.on_bad_record),
-        val=read_records(Path(val), on_bad_record=custom.on_bad_record),
-        ood=read_records(Path(ood), on_bad_record=custom.on_bad_record) if ood else None,
+
+    def read(path: str) -> RecordSet:
+        found = read_records(
+            Path(path), on_bad_record=custom.on_bad_record, allow_outside_root=custom.allow_outside_root
+        )
+        return replace(found, records=spread(found.records, custom.max_records))
+
+    data = Data(
+        train=read(train),
+        val=read(val),
+        ood=read(ood) if ood else None,
         taxonomy=Taxonomy.read(Path(taxonomy)) if taxonomy else None,
     )
+    if custom.summary_ratio and not any(record.images[0].summary for record in data.train.records):
+        raise DataError(
+            f"custom.summary_ratio {custom.summary_ratio:g}",
+            f"no record of {data.train.path} has a summary",
+            "records with a `summary`, or custom.summary_ratio 0",
+            "add summaries, or set custom.summary_ratio to 0",
+        )
+    return data
+
+
+def mix_from(config: Config, *, training: bool) -> Mix:
+    """How records become samples: augmented, repeated by weight and shuffled into turns in training only."""
+    custom = config.custom
+    return Mix(
+        images_per_turn=custom.images_per_user_turn,
+        summary_ratio=custom.summary_ratio,
+        seed=config.training.seed if training else None,
+        chain=chain_from(config) if training else None,
+    )
+
+
+def chain_from(config: Config) -> Chain | None:
+    """The augmentation of a run; None where it has none."""
+    asked = config.custom.augmentation
+    if asked.mode == "off":
+        return None
+    partial_word = asked.partial_word
+    rules = Rules(
+        min_coverage=asked.min_coverage,
+        completeness_threshold=asked.completeness_threshold,
+        complete_word=asked.complete_word,
+        partial_word=partly_visible(config.prompts.language) if partial_word is None else partial_word,
+        turned_boxes=asked.turned_boxes,
+        keep_lost=asked.mode == "published_noisy",
+    )
+    steps = tuple(Step(op.name, op.params.prob, op.params.model_dump(exclude={"prob"})) for op in asked.ops)
+    return Chain(steps, rules, config.training.seed, asked.bypass_prob)
 
 
 def make_encoder(config: Config, tools: Tools, taxonomy: Taxonomy | None) -> Encoder:
@@ -106,12 +152,15 @@ def check_lengths(config: Config, data: Data, encoder: Encoder) -> Data:
     )
 
 
-def eval_sets_from(config: Config, data: Data, encoder: Encoder, *, rank: int, ranks: int) -> Mapping[str, EvalSet]:
+def eval_sets_from(
+    config: Config, data: Data, encoder: Encoder, cache: SampleCache, *, rank: int, ranks: int
+) -> Mapping[str, EvalSet]:
     """The sets that are evaluated again and again, one rank's share of each; each is encoded once."""
     tracking, at_once = config.tracking, config.training.per_device_eval_batch_size
+    mix = mix_from(config, training=False)
 
     def plain(records: tuple[Record, ...]) -> EvalSet:
-        samples = SampleSet(records, encoder)
+        samples = SampleSet(records, encoder, mix, cache=cache)
         share = partial(eval_batches, samples, batch_size=at_once, capacity=config.pack_length, rank=rank, ranks=ranks)
         return EvalSet(share)
 
@@ -121,10 +170,17 @@ def eval_sets_from(config: Config, data: Data, encoder: Encoder, *, rank: int, r
     if data.ood is not None:
         sets[OOD] = plain(data.ood.records)
     subset = spread(data.val.records, tracking.vision_gain_records)
-    if exchanged := exchange_images(encoder.encode(record) for record in subset):
+    if exchanged := exchange_images(SampleSet(subset, encoder, mix, cache=cache)):
         batches = exchanged_batches(exchanged, encoder.pad_id, batch_size=at_once, capacity=config.pack_length)
         sets[EXCHANGED] = EvalSet(lambda: batches[rank::ranks], every=tracking.vision_gain_every)
     return sets
+
+
+def to_caption(config: Config, data: Data, encoder: Encoder) -> tuple[Record, ...]:
+    """The validation samples whose answers are generated and scored; a summary has no objects to score."""
+    samples = SampleSet(data.val.records, encoder, mix_from(config, training=False))
+    turns = [samples.record((0, place)) for place in range(samples.count(0))]
+    return spread([turn for turn in turns if turn.task == "dense"], config.tracking.generate_records)
 
 
 def exchanged_batches(samples: Sequence[Sample], pad_id: int, *, batch_size: int, capacity: int | None) -> list[Batch]:

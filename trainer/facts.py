@@ -65,7 +65,7 @@ def log_start(
     if skipped := [message for records in data.sets().values() for message in records.skipped]:
         tracker.text("\n".join(skipped) + "\n", names.ARTIFACT_SKIPPED)
     if config.custom.dump_conversation_text:
-        tracker.text(prepared.encoder.conversation(data.train.records[0]), names.ARTIFACT_CONVERSATION)
+        tracker.text(prepared.encoder.conversation(prepared.samples.record((0, 0))), names.ARTIFACT_CONVERSATION)
     tracker.text(json.dumps(plan_table(plan), indent=1), names.ARTIFACT_PLAN)
     tracker.text(json.dumps(provenance.environment(), indent=1), names.ARTIFACT_ENVIRONMENT)
 
@@ -184,7 +184,7 @@ def record_losses_parquet(evaluations: Mapping[str, EvalDone]) -> bytes:
 
 def data_digest(records: RecordSet) -> str:
     """Digest of a JSONL file and all images it names, in order: 32 hex characters."""
-    images = dict.fromkeys(image for record in records.records for image in record.images)
+    images = dict.fromkeys(picture.path for record in records.records for picture in record.images)
     return provenance.files_digest([records.path, *images])
 
 

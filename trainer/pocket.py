@@ -123,7 +123,7 @@ def train_base(
 def load_scenes(records: Sequence[Record], tools: Tools, recipe: Recipe) -> Scenes:
     """Pixels, cells and answers of records that all have one image of one size."""
     encoder, end = make_encoder(tools, recipe), tools.tokenizer.get_vocab()[END_TOKEN]
-    pixels = np.stack([np.asarray(Image.open(record.images[0])) for record in records])
+    pixels = np.stack([np.asarray(Image.open(record.images[0].path)) for record in records])
     answers = [[*tools.tokenizer(encoder.answer(r), add_special_tokens=False).input_ids, end] for r in records]
     return Scenes(
         pixels=torch.from_numpy(pixels),
@@ -225,7 +225,7 @@ def _digest(jsonl: Path) -> str:
     digest = hashlib.blake2b(jsonl.read_bytes(), digest_size=16)
     for record in read_records(jsonl).records:
         for image in record.images:
-            digest.update(image.read_bytes())
+            digest.update(image.path.read_bytes())
     return digest.hexdigest()
 
 

@@ -40,8 +40,9 @@ def cells_of(record: Record) -> Tensor:
     A digit belongs to the cell that holds its box's centre. The corners are those of a quad; an upright box has them
     too. Their tens (0 to 10) and units are those of norm100, the digits that an answer is written in.
     """
-    across = record.width // CELL
-    cells = torch.zeros(across * (record.height // CELL), 9 + 2 * CORNERS)
+    width, height = record.size
+    across = width // CELL
+    cells = torch.zeros(across * (height // CELL), 9 + 2 * CORNERS)
     for item in record.objects:
         x0, y0, x1, y1 = bounding_box(item.geometry.points)
         column, row = int((x0 + x1) / 2 // CELL), int((y0 + y1) / 2 // CELL)
@@ -50,7 +51,7 @@ def cells_of(record: Record) -> Tensor:
         said = [1, WORDS.index(word), list(INKS).index(ink), size == "large", bool(condition)]
         box = [x0 / CELL - column, y0 / CELL - row, x1 / CELL - column, y1 / CELL - row]
         corners = item.geometry.points if condition else (x0, y0, x1, y0, x1, y1, x0, y1)
-        numbers = emit(Geometry("quad", corners), (record.width, record.height), "norm100").points
+        numbers = emit(Geometry("quad", corners), (width, height), "norm100").points
         digits = [number // 10 for number in numbers] + [number % 10 for number in numbers]
         cells[row * across + column] = torch.tensor([*said, *box, *digits], dtype=torch.float32)
     return cells

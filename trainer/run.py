@@ -9,8 +9,8 @@ from trainer import build, facts, launch
 from trainer.budget import cadence_from
 from trainer.checkpoint import Saver
 from trainer.config.resolved import Resolved
-from trainer.data.loader import SampleSet, train_steps
-from trainer.datasets import eval_sets_from, spread
+from trainer.data.loader import train_steps
+from trainer.datasets import eval_sets_from, to_caption
 from trainer.display import Display
 from trainer.finish import score_checkpoints
 from trainer.gate import Gate
@@ -67,9 +67,9 @@ def run(resolved: Resolved) -> Outcome:
     loss = SupervisedLoss(model, bf16=build.computes_in_bf16(config))
     engine = build.make_engine(accelerator, loss, optimizer, trained, config)
     parts = Parts(engine, prepared.schedule, gate, training.seed)
-    samples = SampleSet(prepared.data.train.records, prepared.encoder)
+    samples = prepared.samples
     steps = train_steps(samples, budget.plan, rank=rank, workers=config.data.dataloader_num_workers)
-    eval_sets = eval_sets_from(config, prepared.data, prepared.encoder, rank=rank, ranks=ranks)
+    eval_sets = eval_sets_from(config, prepared.data, prepared.encoder, samples.cache, rank=rank, ranks=ranks)
 
     tracker = launch.on_first_rank(accelerator, lambda: open_run(run_name=run_name), elsewhere=Tracker)
     with tracker, Display(budget.total_steps, quiet=not first) as display:
@@ -87,7 +87,7 @@ def run(resolved: Resolved) -> Outcome:
             model,
             engine,
             prepared.encoder,
-            spread(prepared.data.val.records, config.tracking.generate_records),
+            to_caption(config, prepared.data, prepared.encoder),
             reporter,
             tracker,
             batch_size=config.tracking.generate_batch_size,

@@ -82,7 +82,7 @@ def _plan_lines(plan: ParameterPlan, schedule: Schedule, weight_decay: float) ->
 def _budget_lines(prepared: build.Prepared, config: Config) -> list[str]:
     """Samples, packs, batch and steps, each with its arithmetic."""
     budget, data, encoder = prepared.budget, prepared.data, prepared.encoder
-    plan, lengths = budget.plan, budget.plan.lengths
+    plan, lengths = budget.plan, budget.plan.samples.lengths(0)
     mean = sum(lengths) / len(lengths)
     packs, batch = len(plan.packs(0)), budget.effective_batch
     others = f"{len(data.val.records)} validation" + (f", {len(data.ood.records)} out of domain" if data.ood else "")

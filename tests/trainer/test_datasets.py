@@ -11,7 +11,7 @@ from trainer.loop import evaluate
 
 def records(count: int) -> tuple[Record, ...]:
     """Records r0, r1 ..., sorted by domain as files of users often are."""
-    return tuple(Record(f"r{i}", (), 1, 1, (), domain="ab"[i * 2 // count]) for i in range(count))
+    return tuple(Record(f"r{i}", (), (), domain="ab"[i * 2 // count]) for i in range(count))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from trainer.config.augmentation import PARAMS
 from trainer.config.fields import Impossible, Section, section_of
 from trainer.config.problems import Problem, nearest, place, shown
 from trainer.config.schema import Config
@@ -112,9 +113,9 @@ def from_pydantic(error: ValidationError, root: Node) -> list[Problem]:
 
 def _translated(details: ErrorDetails, root: Node) -> Problem:
     """Return one of pydantic's errors as a problem."""
-    path = details["loc"]
-    if "params" in path:  # below it pydantic names the types that it tried
-        path = path[: path.index("params") + 2]
+    # pydantic puts the name of an operation behind its place in the list
+    loc = details["loc"]
+    path = tuple(part for n, part in enumerate(loc) if not (n and isinstance(loc[n - 1], int) and part in PARAMS))
     context = details.get("ctx", {})
     impossible = context.get("error")
     if isinstance(impossible, Impossible):
@@ -123,17 +124,31 @@ def _translated(details: ErrorDetails, root: Node) -> Problem:
         return Problem(where, impossible.got, impossible.allowed, impossible.do)
     dotted = _dotted(path)
     where = place(root.find(path).origin, dotted)
-    if details["type"] == "extra_forbidden":
-        return Problem(where, "a key that nobody knows", "name and params", "correct the key or take it out")
+    if details["type"] in ("extra_forbidden", "union_tag_invalid", "union_tag_not_found"):
+        return _unknown_in_an_operation(details, where)
     allowed, do = _WORDS.get(details["type"], (details["msg"], "correct the value"))
     allowed = allowed.format(**context)
     field = field_of(dotted.partition("[")[0])
     if field is not None and NoneType in get_args(field.annotation):
         allowed += ", or null"
     if field is not None and field.description:
-        allowed += f" ({field.description.rstrip('.')})"
+        allowed += f" ({' '.join(field.description.split()).rstrip('.')})"
     got = "nothing" if details["type"] == "missing" else shown(details["input"])
     return Problem(where, got, allowed, do)
+
+
+def _unknown_in_an_operation(details: ErrorDetails, where: str) -> Problem:
+    """Return the problem of an operation or a parameter that nobody knows."""
+    if details["type"] != "extra_forbidden":
+        got, known = details.get("ctx", {}).get("tag", "an operation without a name"), [*PARAMS]
+    else:
+        *above, got = details["loc"]
+        of_params = above[-1] == "params"
+        known = [*PARAMS[str(above[-2])].model_fields] if of_params else ["name", "params"]
+    guess = nearest(str(got), known)
+    return Problem(
+        where, f"{got}, which nobody knows", ", ".join(known), f"did you mean {guess}?" if guess else "correct it"
+    )
 
 
 def _dotted(path: tuple[int | str, ...]) -> str:

@@ -1,12 +1,13 @@
 """The typed configuration: one frozen model per YAML section, the unit and meaning under each field.
 
-`tuner` and `strategy`, which say what is trained, are in `parts`.
+`tuner` and `strategy`, which say what is trained, are in `parts`; augmentation has a module of its own.
 """
 
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, model_validator
 
+from trainer.config.augmentation import Augmentation
 from trainer.config.fields import Count, CountOrZero, Impossible, Pixels, Rate, Section, Share
 from trainer.config.parts import RAW_STRATEGY_KEYS, Strategy, Tuner
 
@@ -153,33 +154,6 @@ class Deepspeed(Section):
     """`zero2`, `zero1`, or the path of a DeepSpeed JSON."""
 
 
-OpName = Literal[
-    "hflip", "vflip", "rotate", "scale", "resize_by_scale", "color_jitter", "gamma", "hsv", "clahe", "auto_contrast",
-    "equalize", "sharpness", "solarize", "posterize", "pad_to_multiple", "expand_to_fit_affine", "random_crop",
-    "center_crop",
-]  # fmt: skip
-
-
-class AugmentationOp(Section):
-    """One step of the augmentation chain."""
-
-    name: OpName
-    """Which operation."""
-    params: dict[str, JsonValue] = Field(default_factory=dict)
-    """Its parameters by name; `prob` is the share of samples that it changes."""
-
-
-class Augmentation(Section):
-    """Random changes of training images and their objects; evaluation is never augmented."""
-
-    enabled: bool = False
-    """Whether training samples are augmented."""
-    bypass_prob: Share = 0.0
-    """Share of training samples left as they are."""
-    ops: Annotated[tuple[AugmentationOp, ...], Field(strict=False)] = ()
-    """The operations, in the order in which they are applied."""
-
-
 class Digits(Section):
     """The built-in data, used where `custom.train_jsonl` is not given."""
 
@@ -207,11 +181,17 @@ class Custom(Section):
     emit_norm: Literal["norm1000", "norm100", "none"] = "norm1000"
     """Coordinates in the answer: thousandths or hundredths of width and height, or pixels."""
     images_per_user_turn: Count = 1
-    """Images shown in one user turn."""
+    """Images shown in one user turn at most: so many records share a sample, their objects in groups by image."""
+    summary_ratio: Share = 0.0
+    """Share of the records with a `summary` whose answer is the summary instead of the objects; 1: all of them."""
+    max_records: Count | None = None
+    """Records of each file at most, evenly spread over it; null: all."""
     dump_conversation_text: bool = False
     """Whether the first conversation is written out as text, to look at."""
     on_bad_record: Literal["error", "skip"] = "error"
     """Bad records: all named before training starts, or left out and counted."""
+    allow_outside_root: bool = False
+    """Whether image paths may leave the folder of their JSONL file: absolute, by `..`, or through a link."""
     augmentation: Augmentation = Augmentation()
     """Random changes of training samples."""
     digits: Digits = Digits()

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.data.geometry import KINDS, EmitNorm, Geometry, Kind, Size, count_problem, emit, reading_key
@@ -22,21 +23,27 @@ class ParsedObject:
     image: int = 0
 
 
-def answer_text(record: Record, emit_norm: EmitNorm, shown: Size | None = None) -> str:
-    """The answer that the model learns: compact JSON, a group per image, objects in reading order.
+def answer_text(record: Record, emit_norm: EmitNorm, shown: Sequence[Size] | None = None) -> str:
+    """The answer that the model learns: compact JSON, a group per image, objects in reading order, or its summary.
 
     Args:
-        record: with at least one object.
+        record: with at least one object; for the summary task, with summaries.
         emit_norm: frame of the coordinates.
-        shown: (width, height) of the images after resizing, see `geometry.emit`.
+        shown: (width, height) of each image after resizing, see `geometry.emit`.
 
     Returns:
-        For instance `{"image_1":{"object_1":{"bbox_2d":[12,34,56,78],"desc":"seven/red"}}}`.
+        For instance `{"image_1":{"object_1":{"bbox_2d":[12,34,56,78],"desc":"seven/red"}}}`, or
+        `{"image_1":"a red seven"}`.
     """
-    size = (record.width, record.height)
-    groups: dict[str, dict[str, dict[str, object]]] = {}
-    for index in range(len(record.images)):
-        emitted = [(emit(o.geometry, size, emit_norm, shown), o.desc) for o in record.objects if o.image == index]
+    groups: dict[str, object] = {}
+    for index, picture in enumerate(record.images):
+        if record.task == "summary":
+            if picture.summary is not None:
+                groups[f"image_{index + 1}"] = picture.summary
+            continue
+        after = shown[index] if shown else None
+        own = [o for o in record.objects if o.image == index]
+        emitted = [(emit(o.geometry, picture.size, emit_norm, after), o.desc) for o in own]
         # Sorted by what is emitted, so that the order can be seen in the answer itself.
         emitted.sort(key=lambda pair: (reading_key(pair[0]), pair[0].kind, pair[1]))
         groups[f"image_{index + 1}"] = {

@@ -1,32 +1,113 @@
 """Image files: their sizes checked in bulk without decoding, and one read the way it is meant to be seen."""
 
-from collections.abc import Iterable
+import os
+import stat
+import warnings
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from io import BytesIO
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from trainer.data.geometry import Size
+from trainer.errors import DataError
 
 _THREADS = 8
-_EXIF_ORIENTATION, _SIDEWAYS = 0x0112, range(5, 9)  # orientations 5 to 8 exchange width and height
+_JPEG_END = b"\xff\xd9"
 _JPEG_TAIL = 4096  # bytes at the end in which an intact JPEG carries its end mark
+_JPEG_START = 4096  # bytes of a JPEG's scan that are decoded, to see that its tables can be used
+
+# What photos and drawings are kept in. Pillow's other formats are rare and little tested; EPS even starts a program.
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
+
+# Half a GiB as Pillow holds it, 4 bytes a pixel: pictures of 108-megapixel phones pass, bombs of a few kB do not.
+_MAX_PIXELS = 2**27
+# Pillow refuses above twice this number, from the header and before any decoder takes memory; above once it warns.
+Image.MAX_IMAGE_PIXELS = _MAX_PIXELS // 2
+warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file; what cannot be used is told by record
+
+_LARGE_PIXELS = 2**24
+_one_large = Lock()  # large images are decoded one at a time, else the threads together would hold gigabytes
+
+_EXIF_ORIENTATION, _SIDEWAYS = 0x0112, range(5, 9)  # orientations 5 to 8 exchange width and height
+# Pillow's exif_transpose also writes the rest of the EXIF data anew, and fails where a camera broke the rules there.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+
+
+class _Unfit(Exception):
+    """An image that can be opened but is nothing to train on; says why."""
+
+
+def outside(root: Path, paths: Iterable[Path]) -> dict[Path, Path]:
+    """The paths that leave a folder once every symbolic link is followed, its own too; files need not exist.
+
+    Args:
+        root: the folder.
+        paths: with the folder in front where they are relative to it.
+
+    Returns:
+        For each path outside where it leads.
+    """
+    inside = Path(os.path.realpath(root))
+    resolved = cache(os.path.realpath)  # many images share a folder
+    astray = {}
+    for path in paths:
+        linked = path.is_symlink() or path.name == ".."
+        real = Path(os.path.realpath(path) if linked else os.path.join(resolved(path.parent), path.name))
+        if not real.is_relative_to(inside):
+            astray[path] = real
+    return astray
 
 
 def read_image(path: Path) -> Image.Image:
-    """The image in RGB with its EXIF orientation applied.
+    """The image in RGB, 8 bits a channel, as it is meant to be seen.
+
+    Its EXIF orientation is applied, what is transparent lies over white, and 16-bit gray is scaled by its full range.
+    The content decides on the format, whatever the file's name says. A JPEG that holds several pictures, as phones
+    write them, is its first one.
 
     Raises:
-        OSError: the file has gone or is broken.
+        DataError: the file has gone, is broken or is refused by `image_sizes`.
     """
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    try:
+        with _opened(path) as image:
+            return _seen(image)
+    except Exception as error:  # Pillow's readers raise nearly any type on a broken file
+        raise DataError(
+            where=f"image {path}",
+            got=_reason(error),
+            allowed=f"one still picture of at most {_MAX_PIXELS:,} pixels in one of {', '.join(_FORMATS)}",
+            do="restore or replace the file; all images were checked when the records were read",
+        ) from error
 
 
 def image_sizes(paths: Iterable[Path]) -> dict[Path, Size | str]:
-    """Look at image files, several at a time.
+    """Look at image files, several at a time, for whatever `read_image` would refuse.
 
-    PNG checksums are verified and JPEG files must have their end; other formats are decoded to be sure.
+    From the header: the format, the number of pixels and of pictures, the kind of numbers. Then PNG checksums are
+    verified, and a JPEG must begin well and have its end. Other formats are decoded to be sure, and so are a PNG with
+    anything behind its pixels and a JPEG in doubt. What can slip through: a PNG with checksums that fit broken data, a
+    JPEG that breaks off in its middle and goes on.
 
     Args:
         paths: image files.
@@ -42,25 +123,120 @@ def image_sizes(paths: Iterable[Path]) -> dict[Path, Size | str]:
 
 def _image_size(path: Path) -> Size | str:
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             width, height = image.size
-            sideways = image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
-            kind = image.format
-            if kind != "PNG" and (kind != "JPEG" or not _has_jpeg_end(path)):
-                image.load()
-        if kind == "PNG":
-            with Image.open(path) as image:
-                image.verify()  # walks a PNG's checksums; must come directly after open, and does nothing elsewhere
-    except FileNotFoundError:
-        return "no such file"
+            with _one_large if width * height > _LARGE_PIXELS else nullcontext():
+                if not _is_whole(image):
+                    return _seen(image).size
+            return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
     except Exception as error:  # noqa: BLE001  Pillow's readers raise nearly any type on a broken file
-        return f"cannot be read ({error})"
-    return (height, width) if sideways else (width, height)
+        return _reason(error)
 
 
-def _has_jpeg_end(path: Path) -> bool:
-    """Whether a JPEG's end mark is near its end; inside compressed data these two bytes cannot occur."""
-    with path.open("rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - _JPEG_TAIL))
-        return b"\xff\xd9" in file.read()
+def _reason(error: Exception) -> str:
+    match error:
+        case _Unfit():
+            return str(error)
+        case FileNotFoundError():
+            return "no such file"
+        case Image.DecompressionBombError():
+            return f"has more than {_MAX_PIXELS:,} pixels"
+        case UnidentifiedImageError():
+            return f"cannot be read (its content is none of {', '.join(_FORMATS)})"
+        case OSError(strerror=str(reason)):
+            return f"cannot be read ({reason})"
+    return f"cannot be read ({error or type(error).__name__})"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[ImageFile]:
+    """An image file with its header read and found fit; no pixel is decoded yet."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise _Unfit("is not a regular file")  # opening a pipe would wait for a writer for ever
+    with Image.open(path, formats=_FORMATS) as image:
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            raise _Unfit(f"holds several pictures (animated {image.format} or pages); save the one that is meant")
+        if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+            raise _Unfit(f"holds signed or 32-bit numbers (mode {image.mode}); 8 or 16 bits a channel are needed")
+        if image.mode == "P" and isinstance(image, PngImageFile) and image.palette is None:
+            raise _Unfit("cannot be read (its palette is missing)")
+        yield image
+
+
+def _is_whole(image: ImageFile) -> bool:
+    """Whether the file is known to be whole, and its orientation known, without decoding.
+
+    Raises:
+        Exception: it is known to be broken.
+    """
+    file = image.fp
+    if file is None or not image.tile:
+        return False
+    if isinstance(image, PngImageFile) and image.png is not None:
+        file.seek(image.tile[0].offset - 8)  # where the chunk of the first pixels begins
+        return set(image.png.verify()) == {b"IDAT"}  # chunks behind the pixels may hold an orientation, or be broken
+    if isinstance(image, JpegImageFile):
+        if image.format == "MPO":  # Pillow has gone back to the beginning
+            file.seek(0)
+            JpegImageFile(file)
+        # Pillow stops reading where the first scan's data begin: in them these two bytes cannot occur, in the thumbnail
+        # before them they do.
+        scan = file.tell()
+        file.seek(max(scan, file.seek(0, os.SEEK_END) - _JPEG_TAIL))
+        has_end = _JPEG_END in file.read()
+        file.seek(0)
+        return has_end and _begins_well(file.read(scan + _JPEG_START))
+    return False
+
+
+def _begins_well(data: bytes) -> bool:
+    """Whether the first rows of a JPEG decode, at an eighth of their size: then its kind and its tables are good."""
+    try:
+        with Image.open(BytesIO(data + _JPEG_END), formats=("JPEG",)) as rows:
+            rows.draft("L", (1, 1))
+            rows.load()
+    except Exception:  # noqa: BLE001  the cut may have done it; decoding the whole file decides
+        return False
+    return True
+
+
+def _orientation(image: Image.Image) -> Any:
+    # A PNG's own getexif decodes the pixels first, for what may stand behind them.
+    return Image.Image.getexif(image).get(_EXIF_ORIENTATION)
+
+
+def _seen(image: ImageFile) -> Image.Image:
+    """Decode an opened image and turn it into RGB as it is meant to be seen."""
+    encoding = image.tile[0].args if image.tile else None
+    image.load()
+    turn = _UPRIGHT.get(_orientation(image))
+    if "transparency" in image.info:
+        image.info["transparency"] = _in_eight_bits(image.info["transparency"], encoding)
+    picture = _gray(image) if image.mode.startswith("I") else image
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        picture = Image.new("RGB", layer.size, "white")
+        picture.paste(layer, mask=layer.getchannel("A"))
+    else:
+        picture = picture.convert("RGB")
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _in_eight_bits(colour: Any, encoding: Any) -> Any:
+    """The transparent colour of a PNG: Pillow leaves it in the depth of the file, beside pixels that it has scaled."""
+    if encoding in ("L;2", "L;4"):
+        return colour * 255 // (2 ** int(encoding[-1]) - 1)
+    return tuple(value >> 8 for value in colour) if encoding == "RGB;16B" else colour
+
+
+def _gray(image: ImageFile) -> Image.Image:
+    """16-bit gray scaled to 8 bits by its full range, with an alpha channel where one value is transparent."""
+    values, full = np.asarray(image).astype(np.uint32), 2**16 - 1
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    if tags.get(_TIFF_BITS) == (12,):
+        full = 2**12 - 1
+    levels = ((values * 255 + full // 2) // full).astype(np.uint8)
+    picture = Image.fromarray(255 - levels if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO else levels)
+    if "transparency" in image.info:
+        picture.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return picture

@@ -1,6 +1,6 @@
 """Samples in batches: padded rows or one packed row, the micro-batches of a step, the batches of an evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from trainer.data.packing import StepPlan, best_fit
 from trainer.data.records import OnBadRecord, Record, RecordSet, bad_records_error
 from trainer.data.template import Encoder, Sample
+from trainer.data.turns import EACH, Mix, Turn, shown, turns
 
 # Shapes: L tokens of a row, P patches and n images of the whole batch. Padded: B rows, one a sample, L the longest of
 # them. Packed: B is 1, and L all samples end to end (the packs of a micro-batch too: one row needs no padding at all).
@@ -118,48 +119,111 @@ def collate(samples: Sequence[Sample], pad_id: int, *, packed: bool = False) -> 
     )
 
 
-class SampleSet(Dataset[Sample]):
-    """Records as samples, encoded when first asked for and kept in memory up to a bound."""
+Draw = tuple[int, int]
+"""Which sample: (epoch, its place among the samples of that epoch), both from 0."""
 
-    def __init__(self, records: Sequence[Record], encoder: Encoder, *, cache_bytes: int = 2**30) -> None:
+
+class SampleCache:
+    """Encoded samples by what they are made of, kept up to a bound; several sets share one."""
+
+    def __init__(self, max_bytes: int = 2**30) -> None:
+        """Empty. `max_bytes` of memory for tensors, shared among loader processes."""
+        self._samples: dict[Record, Sample] = {}
+        self._free_bytes = max_bytes
+
+    def get(self, record: Record, encode: Callable[[Record], Sample]) -> Sample:
+        """The sample of a record, encoded where nothing equal was before; what does not fit is encoded anew."""
+        content = replace(record, id="", weight=1.0)
+        if content in self._samples:
+            return replace(self._samples[content], record_id=record.id)
+        sample = encode(record)
+        size = sum(value.nbytes for value in vars(sample).values() if isinstance(value, Tensor))
+        worker = get_worker_info()
+        size *= worker.num_workers if worker else 1
+        # First come, first kept: epochs visit everything once, so that replacing old samples would never hit.
+        if size <= self._free_bytes:
+            self._free_bytes -= size
+            self._samples[content] = sample
+        return sample
+
+
+class SampleSet(Dataset[Sample]):
+    """Records as the samples of each epoch, encoded when they are asked for."""
+
+    def __init__(
+        self, records: Sequence[Record], encoder: Encoder, mix: Mix = EACH, *, cache: SampleCache | None = None
+    ) -> None:
         """Nothing is encoded yet.
 
         Args:
             records: all of them must pass `check_lengths`.
             encoder: turns them into samples.
-            cache_bytes: memory for encoded samples, shared among loader processes; what does not fit is encoded anew.
+            mix: how they are put together and changed.
+            cache: of samples that are not augmented; None: one of its own.
         """
         self.records = tuple(records)
         self.encoder = encoder
-        self._cache: dict[int, Sample] = {}
-        self._free_bytes = cache_bytes
+        self.mix = mix
+        self.cache = cache or SampleCache()
+        self._lengths: dict[int, tuple[int, ...]] = {}
+        self._turns: tuple[int, list[Turn]] = (-1, [])
 
-    def __len__(self) -> int:
-        """Number of records."""
-        return len(self.records)
+    def count(self, epoch: int) -> int:
+        """Samples of an epoch."""
+        return len(self.turns(epoch))
 
-    def __getitem__(self, index: int) -> Sample:
-        """The sample of one record.
+    def lengths(self, epoch: int) -> tuple[int, ...]:
+        """Tokens of each sample of an epoch, without looking at pixels."""
+        if self._is_constant:
+            return self.own_lengths
+        if epoch not in self._lengths:
+            records = (self.record((epoch, place)) for place in range(self.count(epoch)))
+            self._lengths[epoch] = tuple(self.encoder.length(record) for record in records)
+        return self._lengths[epoch]
+
+    @cached_property
+    def own_lengths(self) -> tuple[int, ...]:
+        """Tokens of every record as it is in the file, as a sample of its own."""
+        return tuple(self.encoder.length(record) for record in self.records)
+
+    @cached_property
+    def _is_constant(self) -> bool:
+        weights = self.mix.seed is not None and any(record.weight != 1 for record in self.records)
+        return self.mix.is_plain and self.mix.chain is None and not weights
+
+    def turns(self, epoch: int) -> list[Turn]:
+        """Which records make each sample of an epoch."""
+        if self._turns[0] != epoch:
+            alone = self.mix.images_per_turn == 1
+            lengths = () if alone else self.own_lengths
+            made = turns(self.records, lengths, self.mix, epoch=epoch, max_length=self.encoder.max_length)
+            self._turns = (epoch, made)
+        return self._turns[1]
+
+    def record(self, draw: Draw) -> Record:
+        """What a sample is made of. Where augmentation would make it too long or too thin, it is left as it is."""
+        epoch, place = draw
+        turn = self.turns(epoch)[place]
+        record = shown(turn, self.records, self.mix, epoch=epoch)
+        if self.mix.chain is not None and self.encoder.problem(record):
+            return shown(turn, self.records, self.mix, epoch=epoch, changed=False)
+        return record
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        """One sample.
 
         Raises:
             DataError: it cannot be encoded.
             OSError: its image has gone.
         """
-        if index in self._cache:
-            return self._cache[index]
-        sample = self.encoder.encode(self.records[index])
-        size = sum(value.nbytes for value in vars(sample).values() if isinstance(value, Tensor))
-        worker = get_worker_info()
-        # First come, first kept: epochs visit everything once, so that replacing old samples would never hit.
-        if size * (worker.num_workers if worker else 1) <= self._free_bytes:
-            self._free_bytes -= size * (worker.num_workers if worker else 1)
-            self._cache[index] = sample
-        return sample
+        record = self.record(draw)
+        if any(picture.warp is not None for picture in record.images):
+            return self.encoder.encode(record)
+        return self.cache.get(record, self.encoder.encode)
 
-    @cached_property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of every sample, without looking at pixels."""
-        return tuple(self.encoder.length(record) for record in self.records)
+    def __iter__(self) -> Iterator[Sample]:
+        """The samples of the first epoch; of an evaluation these are all there are."""
+        return (self[0, place] for place in range(self.count(0)))
 
 
 def check_lengths(record_set: RecordSet, encoder: Encoder, *, on_bad_record: OnBadRecord = "error") -> RecordSet:
@@ -192,7 +256,7 @@ def train_steps(
     """One rank's micro-batches of one optimizer step after the other; endless.
 
     Args:
-        samples: what the plan's indices mean.
+        samples: the plan's own.
         plan: which samples each step holds; packs are laid end to end where it has a capacity.
         rank: whose micro-batches.
         workers: loader processes; 0 encodes in this one.
@@ -201,16 +265,18 @@ def train_steps(
     Yields:
         One to `accumulation` batches; a silent one where the rank has no pack left.
     """
-    shortest = min(range(len(samples)), key=plan.lengths.__getitem__)
+    lengths = plan.samples.lengths(0)
+    shortest = (0, lengths.index(min(lengths)))
 
-    def steps() -> Iterator[list[list[int]]]:
-        return ([ranks[rank] for ranks in micro_batches] for micro_batches in plan.steps(first_step))
+    def steps() -> Iterator[list[list[Draw]]]:
+        for epoch, micro_batches in zip(plan.epochs(first_step), plan.steps(first_step), strict=True):
+            yield [[(epoch, place) for place in ranks[rank]] for ranks in micro_batches]
 
-    flat = (indices or [shortest] for step in steps() for indices in step)
+    flat = (draws or [shortest] for step in steps() for draws in step)
     batches = _batches(samples, flat, workers, packed=plan.capacity is not None)
     for step in steps():
         pairs = zip(step, islice(batches, len(step)), strict=True)
-        yield [batch if indices else batch.silent() for indices, batch in pairs]
+        yield [batch if draws else batch.silent() for draws, batch in pairs]
 
 
 def eval_batches(
@@ -233,17 +299,18 @@ def eval_batches(
     Yields:
         Batches, always the same ones.
     """
-    by_length = sorted(range(len(samples)), key=samples.lengths.__getitem__)
+    lengths = samples.lengths(0)
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     longest_first = by_length[::-1]  # fills packs best, and in an evaluation nothing depends on who shares one
-    packs = [[i] for i in by_length] if capacity is None else best_fit(samples.lengths, longest_first, capacity)
+    packs = [[i] for i in by_length] if capacity is None else best_fit(lengths, longest_first, capacity)
     batches = [
-        [index for pack in packs[start : start + batch_size] for index in pack]
+        [(0, place) for pack in packs[start : start + batch_size] for place in pack]
         for start in range(0, len(packs), batch_size)
     ]
     yield from _batches(samples, iter(batches[rank::ranks]), 0, packed=capacity is not None)
 
 
-def _batches(samples: SampleSet, plan: Iterator[list[int]], workers: int, *, packed: bool) -> Iterator[Batch]:
+def _batches(samples: SampleSet, plan: Iterator[list[Draw]], workers: int, *, packed: bool) -> Iterator[Batch]:
     loader = DataLoader(
         samples,
         batch_sampler=plan,

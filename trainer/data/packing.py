@@ -8,7 +8,8 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, pairwise
+from itertools import chain, pairwise, repeat
+from typing import Protocol
 
 import numpy as np
 
@@ -60,12 +61,37 @@ def _fill(lengths: Sequence[int], samples: Sequence[int], capacity: int) -> list
     return filled
 
 
+class Samples(Protocol):
+    """What there is to be packed, epoch by epoch: augmentation and turns of several records change it."""
+
+    def count(self, epoch: int) -> int:
+        """Samples of an epoch (from 0)."""
+
+    def lengths(self, epoch: int) -> tuple[int, ...]:
+        """Tokens of each of them."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same samples in every epoch."""
+
+    tokens: tuple[int, ...]
+    """Of each sample."""
+
+    def count(self, epoch: int) -> int:
+        """Samples of an epoch."""
+        return len(self.tokens)
+
+    def lengths(self, epoch: int) -> tuple[int, ...]:
+        """Tokens of each of them."""
+        return self.tokens
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """Which samples every rank runs in every micro-batch of every optimizer step: a pure function of its fields."""
 
-    lengths: tuple[int, ...]
-    """Tokens of each sample."""
+    samples: Samples
     seed: int
     micro_batch: int
     """Packs that one rank runs forward at once."""
@@ -77,7 +103,9 @@ class StepPlan:
 
     def packs(self, epoch: int) -> tuple[Pack, ...]:
         """The packs of an epoch in the order in which they are trained on; every sample is in exactly one."""
-        return _packs(self.lengths, self.seed, epoch, self.capacity)
+        if self.capacity is None:
+            return tuple([index] for index in epoch_order(self.samples.count(epoch), seed=self.seed, epoch=epoch))
+        return _packs(self.samples.lengths(epoch), self.seed, epoch, self.capacity)
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Optimizer steps of an epoch."""
@@ -108,10 +136,7 @@ class StepPlan:
         Yields:
             micro-batches -> ranks -> sample indices, the packs of a rank's micro-batch end to end.
         """
-        epoch = 0
-        while first_step >= (count := self.steps_in_epoch(epoch)):
-            first_step -= count
-            epoch += 1
+        epoch, first_step = self._place(first_step)
         while True:
             at_once = self.micro_batch * self.ranks
             for packs in _evenly(self.packs(epoch), self.steps_in_epoch(epoch))[first_step:]:
@@ -119,6 +144,21 @@ class StepPlan:
                 # evenly again, so that no rank waits for another that has two packs more
                 yield [[list(chain(*of_rank)) for of_rank in _evenly(some, self.ranks)] for some in micro_batches]
             epoch, first_step = epoch + 1, 0
+
+    def epochs(self, first_step: int = 0) -> Iterator[int]:
+        """The epoch (from 0) of each step, as `steps` goes; endless."""
+        epoch, first_step = self._place(first_step)
+        while True:
+            yield from repeat(epoch, self.steps_in_epoch(epoch) - first_step)
+            epoch, first_step = epoch + 1, 0
+
+    def _place(self, steps_before: int) -> tuple[int, int]:
+        """The epoch that a step lies in, and how many of the epoch's steps come before it."""
+        epoch = 0
+        while steps_before >= (count := self.steps_in_epoch(epoch)):
+            steps_before -= count
+            epoch += 1
+        return epoch, steps_before
 
 
 def _evenly(packs: Sequence[Pack], parts: int) -> list[Sequence[Pack]]:
@@ -129,9 +169,6 @@ def _evenly(packs: Sequence[Pack], parts: int) -> list[Sequence[Pack]]:
 
 
 @lru_cache(maxsize=4)  # the plan, the loader and the counts of a run ask for the same epochs
-def _packs(lengths: tuple[int, ...], seed: int, epoch: int, capacity: int | None) -> tuple[Pack, ...]:
-    order = epoch_order(len(lengths), seed=seed, epoch=epoch)
-    if capacity is None:
-        return tuple([index] for index in order)
-    packs = best_fit(lengths, order, capacity)
+def _packs(lengths: tuple[int, ...], seed: int, epoch: int, capacity: int) -> tuple[Pack, ...]:
+    packs = best_fit(lengths, epoch_order(len(lengths), seed=seed, epoch=epoch), capacity)
     return tuple(packs[i] for i in epoch_order(len(packs), seed=seed, epoch=epoch, purpose="pack-order"))

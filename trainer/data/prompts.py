@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 
 from trainer.data.geometry import EmitNorm
+from trainer.data.records import Task
 from trainer.errors import DataError
 
 Scheme = Literal["A", "B"]
@@ -74,6 +75,10 @@ class _Words:
     colon: str
     user_one: str
     user_many: str
+    partly_visible: str
+    summary: str
+    summary_one: str
+    summary_many: str
 
 
 _EXAMPLE = '{{"image_1":{{"object_1":{{"bbox_2d":[x1,y1,x2,y2],"desc":"{desc}"}},...}},...}}'
@@ -103,6 +108,10 @@ _EN = _Words(
     colon=": ",
     user_one="Describe all objects in this image.",
     user_many="Describe all objects in these {n} images.",
+    partly_visible="partly visible",
+    summary='Summarize each image. Output one JSON object only: {"image_1":"summary",...}.',
+    summary_one="Summarize this image.",
+    summary_many="Summarize each of these {n} images.",
 )
 
 _ZH = _Words(
@@ -124,12 +133,22 @@ _ZH = _Words(
     colon="：",
     user_one="请描述这张图中的所有目标。",
     user_many="请描述这 {n} 张图中的所有目标。",
+    partly_visible="部分可见",
+    summary='概括每张图的内容，只输出一个 JSON 对象：{"image_1":"概括",...}。',
+    summary_one="请概括这张图。",
+    summary_many="请分别概括这 {n} 张图。",
 )
 
 _WORDS: dict[Language, _Words] = {"en": _EN, "zh": _ZH}
 
 
-def system_prompt(scheme: Scheme, language: Language, emit_norm: EmitNorm, taxonomy: Taxonomy | None = None) -> str:
+def system_prompt(
+    scheme: Scheme,
+    language: Language,
+    emit_norm: EmitNorm,
+    taxonomy: Taxonomy | None = None,
+    task: Task = "dense",
+) -> str:
     """The system prompt of every sample.
 
     Args:
@@ -137,11 +156,15 @@ def system_prompt(scheme: Scheme, language: Language, emit_norm: EmitNorm, taxon
         language: of the wording; the taxonomy is quoted as it is written.
         emit_norm: frame of the coordinates in the answer.
         taxonomy: used by scheme B; without one B ends after the form of `desc`.
+        task: a summary has no coordinates, no order and no form of `desc`; B still adds the taxonomy.
 
     Returns:
         The text, without chat tokens.
     """
     words = _WORDS[language]
+    if task == "summary":
+        known = _taxonomy_lines(taxonomy or Taxonomy(), words) if scheme == "B" else []
+        return "\n".join([words.summary, *known])
     joint = " " if language == "en" else ""
     lines = [words.output + joint + words.coordinates[emit_norm]]
     if scheme == "B":
@@ -149,10 +172,16 @@ def system_prompt(scheme: Scheme, language: Language, emit_norm: EmitNorm, taxon
     return "\n".join(lines)
 
 
-def user_prompt(language: Language, n_images: int = 1) -> str:
+def user_prompt(language: Language, n_images: int = 1, task: Task = "dense") -> str:
     """The request that follows the images of one sample, without chat tokens."""
     words = _WORDS[language]
-    return words.user_one if n_images == 1 else words.user_many.format(n=n_images)
+    one, many = (words.user_one, words.user_many) if task == "dense" else (words.summary_one, words.summary_many)
+    return one if n_images == 1 else many.format(n=n_images)
+
+
+def partly_visible(language: Language) -> str:
+    """The attribute of an object of which an edge has cut something off."""
+    return _WORDS[language].partly_visible
 
 
 def _taxonomy_lines(taxonomy: Taxonomy, words: _Words) -> list[str]:

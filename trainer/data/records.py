@@ -6,16 +6,24 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trainer.data.geometry import KINDS, Geometry, Kind, Size, bounding_box, count_problem
-from trainer.data.images import image_sizes
+from trainer.data.images import image_sizes, outside
+from trainer.data.warp import Warp
 from trainer.errors import DataError
 
-__all__ = ["Geometry", "Object", "Record", "RecordSet", "bad_records_error", "read_records"]
+__all__ = [
+    "Geometry", "Object", "Picture", "Record", "RecordSet", "bad_records_error", "domain_problem", "read_records",
+    "text_problem",
+]  # fmt: skip
 
 OnBadRecord = Literal["error", "skip"]
+
+MAX_WEIGHT = 100
+"""Times that a record may be trained on in an epoch."""
 
 _LISTED = 20  # faults that one message spells out; the rest is counted
 _DOMAIN = re.compile(r"[\w.\- ]{1,100}")
@@ -32,26 +40,59 @@ class Object:
 
 
 @dataclass(frozen=True)
-class Record:
-    """One line of a JSONL file.
+class Picture:
+    """One image of a record.
 
     Attributes:
-        id: file name and line, counted from 1: `train.jsonl:12`.
-        images: absolute or working-directory-relative paths, at least one.
-        width: pixels of every image after its EXIF orientation is applied.
+        path: absolute, or relative to the working directory.
+        width: pixels of the image on disk after its EXIF orientation is applied.
         height: likewise.
+        summary: text of the summary task; it stands with the first image of its record.
+        warp: how the image is changed before it is shown; None: not at all.
+    """
+
+    path: Path
+    width: int
+    height: int
+    summary: str | None = None
+    warp: Warp | None = None
+
+    @property
+    def size(self) -> Size:
+        """(width, height) in pixels as it is shown, before the model's own resizing; objects lie in this frame."""
+        return (self.width, self.height) if self.warp is None else self.warp.size
+
+
+Task = Literal["dense", "summary"]
+"""What the answer holds: all objects, or a summary of each image."""
+
+TASKS: tuple[Task, ...] = get_args(Task)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a JSONL file, or several of them that share a turn.
+
+    Attributes:
+        id: file name and line, counted from 1: `train.jsonl:12`; of several joined by `+`.
+        images: at least one; those of one line have equal sizes.
         objects: at least one, in the order of the file.
-        summary: text of the summary task; not part of the answer.
         domain: names the group whose loss is reported apart.
+        weight: how often the record is trained on in an epoch, on average.
+        task: what its answer holds.
     """
 
     id: str
-    images: tuple[Path, ...]
-    width: int
-    height: int
+    images: tuple[Picture, ...]
     objects: tuple[Object, ...]
-    summary: str | None = None
     domain: str | None = None
+    weight: float = 1.0
+    task: Task = "dense"
+
+    @property
+    def size(self) -> Size:
+        """(width, height) in pixels of its images as they are shown; of the first, where several lines are joined."""
+        return self.images[0].size
 
 
 @dataclass(frozen=True)
@@ -63,12 +104,13 @@ class RecordSet:
     skipped: tuple[str, ...] = ()
 
 
-def read_records(jsonl: Path, *, on_bad_record: OnBadRecord = "error") -> RecordSet:
+def read_records(jsonl: Path, *, on_bad_record: OnBadRecord = "error", allow_outside_root: bool = False) -> RecordSet:
     """Read and check a JSONL file with all the images that it names.
 
     Args:
         jsonl: the file; image paths in it are relative to its folder. Blank lines count but hold no record.
         on_bad_record: `error` reports all bad records at once, `skip` leaves them out.
+        allow_outside_root: whether image paths may leave the file's folder: absolute, by `..`, or through a link.
 
     Returns:
         The good records, with a message for each one skipped.
@@ -83,7 +125,11 @@ def read_records(jsonl: Path, *, on_bad_record: OnBadRecord = "error") -> Record
     drafts = [(f"{jsonl.name}:{n}", _Draft(line, jsonl.parent)) for n, line in enumerate(lines, 1) if line.strip()]
     if not drafts:
         raise _no_file(jsonl, "no record in the file")
-    sizes = image_sizes({image for _, draft in drafts for image in draft.images})
+    images = {image for _, draft in drafts for image in draft.images}
+    astray = {} if allow_outside_root else outside(jsonl.parent, images)
+    sizes: dict[Path, Size | str] = image_sizes(images - astray.keys())
+    for image, real in astray.items():
+        sizes[image] = f"leads out of the data root to {real}; `custom.allow_outside_root: true` allows that"
     for _, draft in drafts:
         draft.check_images(sizes)
     problems = [f"{name}{problem}" for name, draft in drafts for problem in draft.problems]
@@ -137,13 +183,17 @@ class _Draft:
         self._read_size(self._tree.get("width"), self._tree.get("height"))
         self._read_objects(self._tree.get("objects"))
         self._read_texts(self._tree.get("summary"), self._tree.get("domain"))
+        self._read_weight(self._tree.get("weight", 1))
 
     def record(self, name: str) -> Record:
         """The record; only for a draft without problems."""
         width, height = self._size or (0, 0)
-        return Record(
-            name, self.images, width, height, tuple(self._objects), self._tree.get("summary"), self._tree.get("domain")
+        tree = self._tree
+        summaries = (tree.get("summary"), *[None] * (len(self.images) - 1))
+        pictures = tuple(
+            Picture(*each) for each in zip(self.images, repeat(width), repeat(height), summaries, strict=False)
         )
+        return Record(name, pictures, tuple(self._objects), tree.get("domain"), float(tree.get("weight", 1)))
 
     def check_images(self, sizes: Mapping[Path, Size | str]) -> None:
         """Compare with the images as they are: a size (width, height) each, or what hinders reading it."""
@@ -160,6 +210,9 @@ class _Draft:
     def _read_images(self, images: Any, folder: Path) -> None:
         if not isinstance(images, list) or not images or not all(isinstance(each, str) and each for each in images):
             self.problems.append(f": `images` must be a list of at least one path, not {_short(images)}")
+            return
+        if unusable := [each for each in images if "\0" in each or _has_half_a_letter(each)]:
+            self.problems.append(f": no file can have the name {_short(unusable[0])}")
             return
         self.images = tuple(folder / each for each in images)
 
@@ -184,21 +237,22 @@ class _Draft:
                 self.problems += [f", object {number}: {problem}" for problem in found]
 
     def _read_texts(self, summary: Any, domain: Any) -> None:
-        if summary is not None and (problem := _text_problem("summary", summary)):
+        if summary is not None and (problem := text_problem("summary", summary)):
             self.problems.append(f": {problem}")
-        if domain is not None and (
-            not isinstance(domain, str) or not _DOMAIN.fullmatch(domain) or domain in (".", "..")
-        ):
-            self.problems.append(
-                f": domain {_short(domain)} cannot name a metric (1 to 100 letters, digits, `_`, `-`, `.`, spaces)"
-            )
+        if domain is not None and (problem := domain_problem(domain)):
+            self.problems.append(f": {problem}")
+
+    def _read_weight(self, weight: Any) -> None:
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not 0 < weight <= MAX_WEIGHT:
+            self.problems.append(f": `weight` must be a number above 0 and at most {MAX_WEIGHT}, not {_short(weight)}")
 
 
 def _read_object(tree: Any, size: Size | None, n_images: int) -> Object | list[str]:
     """Read one object, or list what is wrong with it; without a `size` nothing is said about the image's edges."""
     if not isinstance(tree, dict):
         return [f"not a JSON object but {_short(tree)}"]
-    problems = [problem] if (problem := _text_problem("desc", tree.get("desc"))) else []
+    problems = [problem] if (problem := text_problem("desc", tree.get("desc"))) else []
     image = tree.get("image", 0)
     if not isinstance(image, int) or isinstance(image, bool) or not 0 <= image < n_images:
         problems.append(f"`image` must be an index from 0 to {n_images - 1}, not {_short(image)}")
@@ -245,14 +299,26 @@ def _shape_problem(geometry: Geometry, line_points: Any, size: Size | None) -> s
     return None
 
 
-def _text_problem(key: str, text: Any) -> str | None:
+def domain_problem(domain: Any) -> str | None:
+    """What keeps a value from being a record's `domain`, as a phrase; None where nothing does."""
+    if isinstance(domain, str) and _DOMAIN.fullmatch(domain) and domain not in (".", ".."):
+        return None
+    return f"domain {_short(domain)} cannot name a metric (1 to 100 letters, digits, `_`, `-`, `.`, spaces)"
+
+
+def text_problem(key: str, text: Any) -> str | None:
+    """What keeps a value from being the text of `key` (`desc`, `summary`), as a phrase; None where nothing does."""
     if not isinstance(text, str) or not text.strip():
         return f"`{key}` must be a text that is not empty, not {_short(text)}"
     if token := _CHAT_TOKEN.search(text):
         return f"`{key}` holds the chat token {token.group()}"
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
+    if _has_half_a_letter(text):
         return f"`{key}` holds half a surrogate pair: {_short(text)}"
     return None
+
+
+def _has_half_a_letter(text: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _short(value: Any) -> str:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
@@ -12,7 +14,7 @@ from trainer.data.answer import ParsedObject, answer_text, parse_answer
 from trainer.data.geometry import EmitNorm, Size
 from trainer.data.images import read_image
 from trainer.data.prompts import Language, Scheme, Taxonomy, system_prompt, user_prompt
-from trainer.data.records import Record
+from trainer.data.records import TASKS, Picture, Record, Task
 from trainer.errors import DataError, ModelError
 
 __all__ = ["Encoder", "ParsedObject", "Sample", "answer_text", "mrope_positions", "parse_answer"]
@@ -121,11 +123,12 @@ class Encoder:
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self._language = language
-        self._system = system_prompt(scheme, language, emit_norm, taxonomy)
+        self._system = {task: system_prompt(scheme, language, emit_norm, taxonomy, task) for task in TASKS}
         self._max_pixels = max_pixels or _UNLIMITED_PIXELS
         self._merge = int(image_processor.merge_size)
         self._factor = int(image_processor.patch_size) * self._merge
-        self._prompts: dict[int, list[int]] = {}
+        self._prompts: dict[tuple[int, Task], list[int]] = {}
+        self._latest: tuple[str, list[int]] = ("", [])
         self._check_template()
 
     def length(self, record: Record) -> int:
@@ -136,12 +139,13 @@ class Encoder:
 
     def problem(self, record: Record) -> str | None:
         """Say why a record cannot be encoded (image too thin, too long), or None; pixels are not looked at."""
-        long, short = max(record.width, record.height), min(record.width, record.height)
-        if 2 * short <= self._factor or long > 200 * short:
-            return (
-                f": image of {record.width}x{record.height} pixels is too thin "
-                f"(sides above {self._factor // 2} pixels, at most 200 times as long as wide)"
-            )
+        for width, height in (picture.size for picture in record.images):
+            long, short = max(width, height), min(width, height)
+            if 2 * short <= self._factor or long > 200 * short:
+                return (
+                    f": image of {width}x{height} pixels is too thin "
+                    f"(sides above {self._factor // 2} pixels, at most 200 times as long as wide)"
+                )
         prompt = self._prompt_length(record)
         if prompt >= self.max_length:
             return f": prompt and image alone take {prompt} tokens of {self.max_length}"
@@ -169,35 +173,38 @@ class Encoder:
         """Encode the prompt alone, up to where the answer begins: for generation. Nothing is supervised."""
         return self._sample(record, [])
 
-    def shown_size(self, record: Record) -> Size:
-        """(width, height) in pixels of the record's images as the model is shown them."""
-        height, width = smart_resize(
-            record.height, record.width, self._factor, min_pixels=self._factor**2, max_pixels=self._max_pixels
-        )
-        return width, height
+    def shown_sizes(self, record: Record) -> list[Size]:
+        """(width, height) in pixels of each of the record's images as the model is shown them."""
+        return [self._shown(*picture.size) for picture in record.images]
 
     def answer(self, record: Record) -> str:
         """The answer text of a record, in this encoder's frame."""
-        return answer_text(record, self.emit_norm, self.shown_size(record))
+        return answer_text(record, self.emit_norm, self.shown_sizes(record))
 
     def messages(self, record: Record) -> list[dict[str, Any]]:
         """System and user message of a record, in the form that chat templates take."""
-        return self._messages(len(record.images))
+        return self._messages(len(record.images), record.task)
 
     def conversation(self, record: Record) -> str:
         """The whole conversation of a record as the chat template writes it, to look at: one image token an image."""
         answer = {"role": "assistant", "content": self.answer(record)}
         return self._render([*self.messages(record), answer])
 
-    def _messages(self, n_images: int) -> list[dict[str, Any]]:
+    def _shown(self, width: int, height: int) -> Size:
+        rows, columns = smart_resize(
+            height, width, self._factor, min_pixels=self._factor**2, max_pixels=self._max_pixels
+        )
+        return columns, rows
+
+    def _messages(self, n_images: int, task: Task) -> list[dict[str, Any]]:
         images: list[dict[str, str]] = [{"type": "image"}] * n_images
-        request = {"type": "text", "text": user_prompt(self._language, n_images)}
-        return [{"role": "system", "content": self._system}, {"role": "user", "content": [*images, request]}]
+        request = {"type": "text", "text": user_prompt(self._language, n_images, task)}
+        return [{"role": "system", "content": self._system[task]}, {"role": "user", "content": [*images, request]}]
 
     def _check_template(self) -> None:
         try:
-            prompt = self._render(self._messages(1), add_generation_prompt=True)
-            whole = self._render([*self._messages(1), {"role": "assistant", "content": "{}"}])
+            prompt = self._render(self._messages(1, "dense"), add_generation_prompt=True)
+            whole = self._render([*self._messages(1, "dense"), {"role": "assistant", "content": "{}"}])
         except Exception as error:  # jinja and the tokenizer raise many types here
             raise self._template_error(f"a chat template that fails: {error}") from error
         if prompt.count(IMAGE_TOKEN) != 1 or not whole.startswith(f"{prompt}{{}}{END_TOKEN}"):
@@ -215,27 +222,30 @@ class Encoder:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         return str(text)
 
-    def _prompt_ids(self, n_images: int) -> list[int]:
-        """Token ids of the prompt with one image token an image; the same for all records, so made once."""
-        if n_images not in self._prompts:
-            text = self._render(self._messages(n_images), add_generation_prompt=True)
-            self._prompts[n_images] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._prompts[n_images]
+    def _prompt_ids(self, record: Record) -> list[int]:
+        """Token ids of the prompt with one image token an image; made once for each number of images and each task."""
+        key = (len(record.images), record.task)
+        if key not in self._prompts:
+            text = self._render(self._messages(*key), add_generation_prompt=True)
+            self._prompts[key] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._prompts[key]
 
     def _prompt_length(self, record: Record) -> int:
-        width, height = self.shown_size(record)
-        n_images = len(record.images)
-        return len(self._prompt_ids(n_images)) + n_images * (width * height // self._factor**2 - 1)
+        pixels = sum(width * height for width, height in self.shown_sizes(record))
+        return len(self._prompt_ids(record)) + pixels // self._factor**2 - len(record.images)
 
     def _answer_ids(self, record: Record) -> list[int]:
-        ids: list[int] = self.tokenizer(self.answer(record), add_special_tokens=False)["input_ids"]
-        return [*ids, self._end_id]
+        text = self.answer(record)
+        if text != self._latest[0]:  # checking, measuring and encoding a record ask for the same ids in turn
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            self._latest = (text, [*ids, self._end_id])
+        return self._latest[1]
 
     def _sample(self, record: Record, answer: list[int]) -> Sample:
         pixel_values, grid = self._pixels(record)
         per_image = iter((grid.prod(dim=1) // self._merge**2).tolist())
         ids: list[int] = []
-        for token in self._prompt_ids(len(record.images)):
+        for token in self._prompt_ids(record):
             ids += [token] * (next(per_image) if token == self._image_id else 1)
         n_prompt = len(ids)
         input_ids = torch.tensor((ids + answer)[: max(n_prompt, self.max_length)])  # (L,)
@@ -253,10 +263,15 @@ class Encoder:
 
     def _pixels(self, record: Record) -> tuple[Tensor, Tensor]:
         """Patches (P, patch numbers) float32 and grid (n, 3) of a record's images."""
-        images = [read_image(path) for path in record.images]
+        images = [_drawn(picture) for picture in record.images]
         limits = {"shortest_edge": self._factor**2, "longest_edge": self._max_pixels}
         features = self.image_processor(images=images, size=limits, return_tensors="pt")
         return features["pixel_values"], features["image_grid_thw"]
+
+
+def _drawn(picture: Picture) -> Image.Image:
+    image = read_image(picture.path)
+    return image if picture.warp is None else Image.fromarray(picture.warp.render(np.asarray(image)))
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:

@@ -187,7 +187,7 @@ def test_yaml_anchors_and_merge_keys_work(loaded) -> None:
         "custom:\n  augmentation:\n    ops:\n    - &o {name: hflip, params: {prob: 0.5}}\n    - {<<: *o, name: vflip}\n"
     )
     first, second = loaded(text).config.custom.augmentation.ops
-    assert (first.name, second.name, second.params) == ("hflip", "vflip", {"prob": 0.5})
+    assert (first.name, second.name, second.params.prob) == ("hflip", "vflip", 0.5)
 
 
 # --- overrides
@@ -466,7 +466,7 @@ def test_a_value_that_nobody_wrote_has_the_origin_default(loaded) -> None:
         "training: {run_name: '2026-10-25'}",
         "training: {run_name: 'a: b # 中文 \\ \"'}",
         "tuner: {target_regex: '^model\\.visual\\..*$', modules_to_save: [a, b]}",
-        "custom: {augmentation: {ops: [{name: hflip, params: {prob: 0.5, deep: [1, {a: null}]}}]}}",
+        "custom: {augmentation: {ops: [{name: clahe, params: {prob: 0.5, tile_grid_size: [4, 2]}}]}}",
         "{global_max_length: 100, template: {max_length: 200}}",
         "strategy: {vision: {blocks: [1, 2], method: full}}",
     ],

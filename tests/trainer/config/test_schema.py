@@ -9,7 +9,8 @@ from trainer.config.compat import NO_EFFECT
 from trainer.config.fields import Section, section_of
 from trainer.config.messages import all_keys, field_of
 from trainer.config.parts import RAW_STRATEGY_KEYS
-from trainer.config.schema import AugmentationOp, Config
+from trainer.config.augmentation import PARAMS
+from trainer.config.schema import Config
 
 # Every key that existing files hold, by section.
 KEYS_OF_EXISTING_FILES = {
@@ -37,14 +38,14 @@ def sections(model: type[Section] = Config) -> Iterator[type[Section]]:
             yield from sections(below)
 
 
-@pytest.mark.parametrize("section", [*sections(), AugmentationOp], ids=lambda section: section.__name__)
+@pytest.mark.parametrize("section", [*sections(), *dict.fromkeys(PARAMS.values())], ids=lambda section: section.__name__)
 def test_every_field_has_a_docstring(section: type[Section]) -> None:
     """The unit and meaning stand under each field."""
     for name, field in section.model_fields.items():
         assert field.description and len(field.description) > 5, name
 
 
-@pytest.mark.parametrize("section", [*sections(), AugmentationOp], ids=lambda section: section.__name__)
+@pytest.mark.parametrize("section", [*sections(), *dict.fromkeys(PARAMS.values())], ids=lambda section: section.__name__)
 def test_every_section_is_frozen_and_closed(section: type[Section]) -> None:
     """No configuration object changes after loading, and none takes a key it does not know."""
     assert section.model_config["frozen"] and section.model_config["extra"] == "forbid"
@@ -128,9 +129,10 @@ def test_other_forms_of_blocks_are_refused(fails, written: str) -> None:
         ("model.torch_dtype", "float8", "'float32' or 'bfloat16'"),
         ("model.model", "''", "text that is not empty"),
         ("custom.emit_norm", "norm10", "norm1000"),
-        ("custom.augmentation.ops", "[{name: flip}]", "'hflip'"),
-        ("custom.augmentation.ops", "[{params: {}}]", "a value for this key"),
+        ("custom.augmentation.ops", "[{name: flip}]", "hflip, vflip"),
+        ("custom.augmentation.ops", "[{params: {}}]", "hflip, vflip"),
         ("custom.augmentation.bypass_prob", "1.1", "at most 1"),
+        ("custom.augmentation.mode", "noisy", "'published_noisy'"),
         ("tracking.smoothing_weight", "1.0", "less than 1"),
         ("launch.nproc", "0", "at least 1"),
     ],
@@ -157,6 +159,8 @@ def test_wrong_types_and_impossible_values_are_refused(fails, key: str, value: s
         ("strategy: {aligner: {method: frozen}, llm: {layers: none, method: frozen}}", "strategy"),
         ("training: {lr_scheduler_kwargs: {min_lr: 1e-3}}", "training.lr_scheduler_kwargs.min_lr"),
         ("custom: {train_jsonl: their.yaml}", "custom.train_jsonl"),
+        ("custom: {augmentation: {mode: clean}}", "custom.augmentation.ops"),
+        ("custom: {augmentation: {enabled: false, mode: clean, ops: [{name: hflip}]}}", "custom.augmentation.enabled"),
         ("strategy: null", "strategy"),
     ],
 )

@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from trainer.data.geometry import Geometry
 from trainer.data.prompts import system_prompt
-from trainer.data.records import Object, Record
+from trainer.data.records import Object, Picture, Record
 from trainer.data.template import Encoder
 
 # A busy machine must not fail a property.
@@ -94,8 +94,7 @@ def make_record(tmp_path: Path) -> Callable[..., Record]:
         for index, path in enumerate(paths):
             Image.new("RGB", size, (37 * number % 256, 80 * index, 90)).save(path)
         box = Geometry("bbox_2d", (width / 4, height / 4, width / 2, height / 2))
-        return Record(
-            f"train.jsonl:{number}", paths, width, height, objects or (Object(box, "seven/red"),), domain=domain
-        )
+        pictures = tuple(Picture(path, width, height) for path in paths)
+        return Record(f"train.jsonl:{number}", pictures, objects or (Object(box, "seven/red"),), domain=domain)
 
     return make

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.trainer.data.test_geometry import shapes
 from trainer.data.answer import ParsedObject, answer_text, parse_answer
 from trainer.data.geometry import EmitNorm, Geometry, bounding_box, emit
-from trainer.data.records import Object, Record
+from trainer.data.records import Object, Picture, Record
 from trainer.data.template import ParsedObject as FromTemplate
 
 DESCS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
@@ -23,16 +23,14 @@ def records(draw: st.DrawFn) -> Record:
     n_images = draw(st.integers(1, 3))
     objects = st.builds(Object, shapes(width, height), DESCS, st.integers(0, n_images - 1))
     found = tuple(draw(st.lists(objects, min_size=1, max_size=6)))
-    return Record("train.jsonl:1", (Path("a.png"),) * n_images, width, height, found)
+    return Record("train.jsonl:1", (Picture(Path("a.png"), width, height),) * n_images, found)
 
 
 def test_the_answer_is_compact_json_in_reading_order() -> None:
     """Worked by hand: lower box second, line from its left end with its number of points before `desc`."""
     record = Record(
         "train.jsonl:1",
-        (Path("a.png"),),
-        200,
-        100,
+        (Picture(Path("a.png"), 200, 100),),
         (
             Object(Geometry("bbox_2d", (20, 50, 60, 80)), "七/红"),
             Object(Geometry("line", (150, 10, 100, 5)), "wire"),
@@ -47,8 +45,8 @@ def test_the_answer_is_compact_json_in_reading_order() -> None:
 def test_objects_go_to_the_group_of_their_image() -> None:
     """Groups are named from 1; an image without objects has an empty group; numbers start anew in each."""
     box = Geometry("bbox_2d", (0, 0, 50, 50))
-    images = (Path("a.png"), Path("b.png"), Path("c.png"))
-    record = Record("r:1", images, 100, 100, (Object(box, "x", 2), Object(box, "y", 0)))
+    images = tuple(Picture(Path(name), 100, 100) for name in ("a.png", "b.png", "c.png"))
+    record = Record("r:1", images, (Object(box, "x", 2), Object(box, "y", 0)))
     answer = answer_text(record, "norm100")
     assert {k: list(v) for k, v in json.loads(answer).items()} == {
         "image_1": ["object_1"],
@@ -66,7 +64,7 @@ def test_objects_go_to_the_group_of_their_image() -> None:
 @given(records(), NORMS)
 def test_parsing_an_answer_gives_the_objects_back(record: Record, norm: EmitNorm) -> None:
     """Kind, emitted points, words and image of every object, whatever the words are."""
-    size = (record.width, record.height)
+    size = record.size
     written = [(o.image, emit(o.geometry, size, norm), o.desc) for o in record.objects]
     read = parse_answer(answer_text(record, norm))
     as_read = sorted((p.image, p.kind, p.points, p.desc) for p in read)
@@ -78,7 +76,7 @@ def test_parsing_an_answer_gives_the_objects_back(record: Record, norm: EmitNorm
 @given(records(), NORMS)
 def test_the_answer_does_not_depend_on_the_order_in_the_file(record: Record, norm: EmitNorm) -> None:
     """Objects reversed: the same text."""
-    turned = Record("r:1", record.images, record.width, record.height, record.objects[::-1])
+    turned = Record("r:1", record.images, record.objects[::-1])
     assert answer_text(record, norm) == answer_text(turned, norm)
 
 

@@ -75,7 +75,7 @@ def test_records_pass_the_checks_of_users_data(paths: DigitsPaths) -> None:
     for path, count in ((paths.train, 30), (paths.val, 12), (paths.ood, 8)):
         records = read_records(path).records
         assert len(records) == count
-        assert all(r.width % 32 == 0 and r.height % 32 == 0 for r in records)
+        assert all(r.size[0] % 32 == 0 and r.size[1] % 32 == 0 for r in records)
         assert all(1 <= len(r.objects) <= 3 for r in records)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainer.data.loader import (
     Batch,
+    SampleCache,
     SampleSet,
     check_lengths,
     collate,
@@ -37,8 +38,8 @@ def samples(make_encoder: Make, make_record: Make) -> SampleSet:
 def plan_of(samples: SampleSet, packed: bool = False, **changes: Any) -> StepPlan:
     """Steps of 2 x 2 with seed 5; where packed, two of the longest are a full pack."""
     fields: dict[str, Any] = {"seed": 5, "micro_batch": 2, "accumulation": 2}
-    capacity = 2 * max(samples.lengths) if packed else None
-    return StepPlan(samples.lengths, **(fields | {"capacity": capacity} | changes))
+    capacity = 2 * max(samples.lengths(0)) if packed else None
+    return StepPlan(samples, **(fields | {"capacity": capacity} | changes))
 
 
 def indices_of(batch: Batch) -> list[int]:
@@ -107,7 +108,7 @@ def test_packed_samples_stand_end_to_end_in_one_row_without_a_mask(items: list[S
 @pytest.mark.parametrize("packed", [False, True])
 def test_images_follow_each_other_as_their_samples_do(samples: SampleSet, packed: bool) -> None:
     """Patches and grids of all samples in the order of the rows, packed or not."""
-    chosen = [samples[2], samples[0], samples[4]]
+    chosen = [samples[0, 2], samples[0, 0], samples[0, 4]]
     batch = collate(chosen, 0, packed=packed)
     assert batch.record_ids == tuple(s.record_id for s in chosen)
     assert torch.equal(batch.pixel_values, torch.cat([s.pixel_values for s in chosen]))
@@ -126,7 +127,7 @@ def test_what_each_supervised_token_has_is_split_by_sample(items: list[Sample], 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_silent_batch_runs_the_same_forward_and_counts_nothing(samples: SampleSet, packed: bool) -> None:
     """The model is given the same tensors; no sample, no token, no loss."""
-    batch = collate([samples[0], samples[1]], 0, packed=packed)
+    batch = collate([samples[0, 0], samples[0, 1]], 0, packed=packed)
     silent = batch.silent()
     assert silent.model_inputs().keys() == batch.model_inputs().keys()
     assert all(torch.equal(value, batch.model_inputs()[name]) for name, value in silent.model_inputs().items())
@@ -141,11 +142,11 @@ def test_a_silent_batch_runs_the_same_forward_and_counts_nothing(samples: Sample
 
 def test_a_batch_moves_as_a_whole(samples: SampleSet) -> None:
     """All tensors, also those that the model is given; names stay, and a mask that is not there."""
-    batch = collate([samples[0], samples[1]], 0)
+    batch = collate([samples[0, 0], samples[0, 1]], 0)
     moved = batch.to("meta")
     assert {value.device.type for value in vars(moved).values() if isinstance(value, Tensor)} == {"meta"}
     assert moved.record_ids == batch.record_ids
-    assert collate([samples[0]], 0, packed=True).to("meta").attention_mask is None
+    assert collate([samples[0, 0]], 0, packed=True).to("meta").attention_mask is None
     assert set(batch.model_inputs()) == {
         *("input_ids", "attention_mask", "position_ids", "pixel_values", "image_grid_thw"),
     }
@@ -201,7 +202,7 @@ def test_the_rank_without_a_pack_runs_the_shortest_sample_in_silence(samples: Sa
     assert batch.record_ids == ()
     assert batch.n_supervised == 0
     assert not batch.supervised.any()
-    assert batch.input_ids.shape == (1, min(samples.lengths))
+    assert batch.input_ids.shape == (1, min(samples.lengths(0)))
     assert (batch.attention_mask is None) == packed
     (other,) = next(train_steps(samples, plan, rank=0, first_step=last))
     assert other.n_samples > 0
@@ -237,9 +238,9 @@ def test_skipped_steps_are_not_decoded(samples: SampleSet, changes: dict[str, An
     plan = plan_of(samples, **changes)
     assert plan.steps_in_epoch(0) > 1
     for index in (i for micro_batch in next(plan.steps()) for indices in micro_batch for i in indices):
-        samples.records[index].images[0].unlink()
+        samples.records[index].images[0].path.unlink()
     assert next(train_steps(samples, plan, first_step=1))
-    with pytest.raises(OSError):
+    with pytest.raises(DataError):
         next(train_steps(samples, plan))
 
 
@@ -250,8 +251,8 @@ def test_evaluation_sees_every_sample_once_sorted_by_length(samples: SampleSet, 
     ids = [i for batch in batches for i in batch.record_ids]
     assert sorted(ids) == [record.id for record in samples.records]
     masks = [mask for batch in batches if batch.attention_mask is not None for mask in batch.attention_mask]
-    assert [int(mask.sum()) for mask in masks] == sorted(samples.lengths)
-    assert [count for batch in batches for count in batch.token_counts] == sorted(samples.lengths)
+    assert [int(mask.sum()) for mask in masks] == sorted(samples.lengths(0))
+    assert [count for batch in batches for count in batch.token_counts] == sorted(samples.lengths(0))
     assert [batch.n_samples for batch in batches[:-1]] == [min(batch_size, 7)] * (len(batches) - 1)
     assert all(same(a, b) for a, b in zip(batches, eval_batches(samples, batch_size=batch_size), strict=True))
 
@@ -262,7 +263,7 @@ def test_packed_evaluation_sees_every_sample_once_over_all_ranks(
     samples: SampleSet, batch_size: int, ranks: int
 ) -> None:
     """No batch holds more than its packs do, samples are packed at all, and the batches are always the same."""
-    capacity = 2 * max(samples.lengths)
+    capacity = 2 * max(samples.lengths(0))
     settings: dict[str, Any] = {"batch_size": batch_size, "capacity": capacity, "ranks": ranks}
     batches = [batch for rank in range(ranks) for batch in eval_batches(samples, **settings, rank=rank)]
     assert sorted(i for batch in batches for i in batch.record_ids) == [record.id for record in samples.records]
@@ -277,7 +278,7 @@ def test_packed_evaluation_sees_every_sample_once_over_all_ranks(
 @pytest.mark.parametrize("packed", [False, True])
 def test_ranks_share_the_batches_of_one(samples: SampleSet, packed: bool) -> None:
     """Evaluated by two ranks, the batches are those of a single one, bit by bit, taken in turn."""
-    settings: dict[str, Any] = {"batch_size": 1, "capacity": 2 * max(samples.lengths) if packed else None}
+    settings: dict[str, Any] = {"batch_size": 1, "capacity": 2 * max(samples.lengths(0)) if packed else None}
     alone = list(eval_batches(samples, **settings))
     for rank in range(2):
         share = list(eval_batches(samples, **settings, rank=rank, ranks=2))
@@ -288,15 +289,15 @@ def test_samples_are_kept_in_memory_up_to_the_bound(make_encoder: Make, make_rec
     """What was kept is there without its image; what did not fit is read again."""
     records = [make_record(n) for n in range(3)]
     one = sum(v.nbytes for v in vars(make_encoder().encode(records[0])).values() if isinstance(v, Tensor))
-    samples = SampleSet(records, make_encoder(), cache_bytes=2 * one)
-    assert len(samples) == 3
-    first = [samples[index] for index in range(3)]
+    samples = SampleSet(records, make_encoder(), cache=SampleCache(2 * one))
+    assert samples.count(0) == 3
+    first = [samples[0, place] for place in range(3)]
     for record in records:
-        record.images[0].unlink()
-    assert samples[0] is first[0]
-    assert samples[1] is first[1]
-    with pytest.raises(FileNotFoundError):
-        samples[2]
+        record.images[0].path.unlink()
+    assert samples[0, 0].pixel_values is first[0].pixel_values
+    assert samples[7, 1].pixel_values is first[1].pixel_values
+    with pytest.raises(DataError):
+        samples[0, 2]
 
 
 def test_records_that_do_not_fit_are_named_all_at_once_or_left_out(make_encoder: Make, make_record: Make) -> None:

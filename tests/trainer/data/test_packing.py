@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.packing import StepPlan, best_fit, epoch_order
+from trainer.data.packing import Fixed, StepPlan, best_fit, epoch_order
 
 CAPACITY = 20
 
@@ -27,7 +27,7 @@ def packing_tasks(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 def plans(draw: st.DrawFn, /, **given_fields: Any) -> StepPlan:
     """A plan for one to three ranks, with packs or without; any field can be given."""
     drawn: dict[str, Any] = {
-        "lengths": tuple(draw(st.lists(st.integers(1, CAPACITY), min_size=1, max_size=40))),
+        "samples": Fixed(tuple(draw(st.lists(st.integers(1, CAPACITY), min_size=1, max_size=40)))),
         "seed": draw(st.integers(0, 2**40)),
         "micro_batch": draw(st.integers(1, 5)),
         "accumulation": draw(st.integers(1, 4)),
@@ -136,9 +136,9 @@ def test_the_packs_of_an_epoch_hold_every_sample_once(plan: StepPlan) -> None:
     """In each epoch, and none is over the capacity."""
     for epoch in range(3):
         packs = plan.packs(epoch)
-        assert sorted(index for pack in packs for index in pack) == list(range(len(plan.lengths)))
+        assert sorted(index for pack in packs for index in pack) == list(range(plan.samples.count(0)))
         if plan.capacity is not None:
-            assert max(sum(plan.lengths[index] for index in pack) for pack in packs) <= plan.capacity
+            assert max(sum(plan.samples.lengths(0)[index] for index in pack) for pack in packs) <= plan.capacity
 
 
 def test_packs_follow_seed_and_epoch_and_nothing_else() -> None:
@@ -147,7 +147,7 @@ def test_packs_follow_seed_and_epoch_and_nothing_else() -> None:
 
     def packs(seed: int, epoch: int, **split: int) -> tuple[list[int], ...]:
         fields = {"micro_batch": 2, "accumulation": 2} | split
-        return StepPlan(lengths, seed, capacity=2 * CAPACITY, **fields).packs(epoch)
+        return StepPlan(Fixed(lengths), seed, capacity=2 * CAPACITY, **fields).packs(epoch)
 
     first = packs(17, 0)
     torch.manual_seed(3)
@@ -159,7 +159,7 @@ def test_packs_follow_seed_and_epoch_and_nothing_else() -> None:
 
 def test_the_packs_are_the_same_on_every_machine() -> None:
     """A run of yesterday is continued today: the packs of seed 17 and their order are written down."""
-    plan = StepPlan((7, 5, 5, 3, 2, 9, 4, 6), seed=17, micro_batch=1, accumulation=1, capacity=10)
+    plan = StepPlan(Fixed((7, 5, 5, 3, 2, 9, 4, 6)), seed=17, micro_batch=1, accumulation=1, capacity=10)
     # taken in the order [6, 4, 0, 5, 1, 3, 2, 7]: 4+2, then 7, 9, 5, 3 beside the 7, 5 beside the 5, 6 alone
     assert sorted(plan.packs(0)) == [[0, 3], [1, 2], [5], [6, 4], [7]]
     assert plan.packs(0) == ([1, 2], [5], [7], [6, 4], [0, 3])
@@ -167,7 +167,7 @@ def test_the_packs_are_the_same_on_every_machine() -> None:
 
 def test_packs_come_in_random_order_not_by_fullness() -> None:
     """Best-fit leaves the emptiest for the end; training does not see them there epoch after epoch."""
-    plan = StepPlan(tuple([6] * 20 + [4] * 10), seed=17, micro_batch=1, accumulation=1, capacity=10)
+    plan = StepPlan(Fixed(tuple([6] * 20 + [4] * 10)), seed=17, micro_batch=1, accumulation=1, capacity=10)
     full = [[len(pack) == 2 for pack in plan.packs(epoch)] for epoch in range(3)]
     assert all(flags != sorted(flags, reverse=True) for flags in full)
     assert full[0] != full[1] != full[2]
@@ -177,7 +177,7 @@ def test_packs_come_in_random_order_not_by_fullness() -> None:
 def test_without_a_capacity_every_sample_is_a_pack_in_the_order_of_the_epoch(plan: StepPlan) -> None:
     """Not packed: the order is `epoch_order`, whatever the lengths."""
     for epoch in range(2):
-        order = epoch_order(len(plan.lengths), seed=plan.seed, epoch=epoch)
+        order = epoch_order(plan.samples.count(0), seed=plan.seed, epoch=epoch)
         assert plan.packs(epoch) == tuple([index] for index in order)
 
 
@@ -189,7 +189,7 @@ def test_no_sample_is_lost_or_doubled_and_any_step_can_be_entered(plan: StepPlan
     begin = 0
     for count in per_epoch:
         of_epoch = steps[begin : begin + count]
-        assert sorted(index for step in of_epoch for index in samples_of(step)) == list(range(len(plan.lengths)))
+        assert sorted(index for step in of_epoch for index in samples_of(step)) == list(range(plan.samples.count(0)))
         begin += count
     assert list(islice(plan.steps(skip), sum(per_epoch))) == steps[skip:]
     assert list(islice(plan.steps(first_step=skip), 1)) == list(islice(plan.steps(), skip, skip + 1))
@@ -212,8 +212,8 @@ def test_an_epoch_goes_evenly_over_as_few_steps_as_hold_it(plan: StepPlan) -> No
 def test_nine_packs_are_three_steps_of_three() -> None:
     """Worked out by hand for steps of four: not 4, 4 and 1; ten are 4, 3 and 3."""
     fields: dict[str, Any] = {"seed": 17, "micro_batch": 1, "accumulation": 4}
-    assert [len(step) for step in islice(StepPlan((1,) * 9, **fields).steps(), 4)] == [3, 3, 3, 3]
-    assert [len(step) for step in islice(StepPlan((1,) * 10, **fields).steps(), 4)] == [4, 3, 3, 4]
+    assert [len(step) for step in islice(StepPlan(Fixed((1,) * 9), **fields).steps(), 4)] == [3, 3, 3, 3]
+    assert [len(step) for step in islice(StepPlan(Fixed((1,) * 10), **fields).steps(), 4)] == [4, 3, 3, 4]
 
 
 @given(plans())
@@ -236,9 +236,9 @@ def test_ranks_share_whole_packs_evenly_in_the_order_of_the_epoch(plan: StepPlan
 def test_a_rank_without_a_pack_gets_an_empty_list() -> None:
     """4 samples on 3 ranks: two steps of two, and the third rank has nothing; likewise for packs."""
     a, b, c, d = epoch_order(4, seed=17, epoch=0)
-    plan = StepPlan((5, 5, 5, 5), seed=17, micro_batch=1, accumulation=1, ranks=3)
+    plan = StepPlan(Fixed((5, 5, 5, 5)), seed=17, micro_batch=1, accumulation=1, ranks=3)
     assert list(islice(plan.steps(), 2)) == [[[[a], [b], []]], [[[c], [d], []]]]
-    packed = StepPlan((5, 5, 5, 5), seed=17, micro_batch=2, accumulation=2, ranks=3, capacity=10)
+    packed = StepPlan(Fixed((5, 5, 5, 5)), seed=17, micro_batch=2, accumulation=2, ranks=3, capacity=10)
     assert packed.steps_in_epoch(0) == 1
     (micro_batch,) = next(packed.steps())
     assert [len(indices) for indices in micro_batch] == [2, 2, 0]
@@ -258,7 +258,7 @@ def test_ranks_or_accumulation_make_the_same_steps(plan: StepPlan) -> None:
 def test_two_ranks_are_two_micro_batches_of_one() -> None:
     """7 samples, worked out by hand: the same steps, side by side or one after the other."""
     a, b, c, d, e, f, g = epoch_order(7, seed=5, epoch=0)
-    fields: dict[str, Any] = {"lengths": (1,) * 7, "seed": 5, "micro_batch": 2}
+    fields: dict[str, Any] = {"samples": Fixed((1,) * 7), "seed": 5, "micro_batch": 2}
     two = StepPlan(**fields, accumulation=1, ranks=2)
     one = StepPlan(**fields, accumulation=2, ranks=1)
     assert list(islice(two.steps(), 2)) == [[[[a, b], [c, d]]], [[[e, f], [g]]]]
@@ -271,21 +271,21 @@ def test_two_ranks_are_two_micro_batches_of_one() -> None:
 )
 def test_an_epoch_ends_with_its_last_step_and_a_fraction_inside(epochs: float, ends: list[int]) -> None:
     """10 samples in steps of 2 x 2 are 3 steps an epoch: half of it ends, rounded up, with the second."""
-    plan = StepPlan((1,) * 10, seed=17, micro_batch=2, accumulation=2)
+    plan = StepPlan(Fixed((1,) * 10), seed=17, micro_batch=2, accumulation=2)
     assert plan.last_steps(epochs) == ends
 
 
 @pytest.mark.parametrize(("epochs", "ends"), [(0.07, [7]), (1.07, [100, 107]), (0.071, [8]), (0.29, [29])])
 def test_a_fraction_is_not_rounded_up_for_the_last_bit_of_a_float(epochs: float, ends: list[int]) -> None:
     """0.07 of 100 steps are 7, though the float product is a little more."""
-    assert StepPlan((1,) * 100, seed=17, micro_batch=1, accumulation=1).last_steps(epochs) == ends
+    assert StepPlan(Fixed((1,) * 100), seed=17, micro_batch=1, accumulation=1).last_steps(epochs) == ends
 
 
 def test_each_epoch_ends_after_as_many_steps_as_it_has_packs() -> None:
     """Best-fit finds 2, 3 and 3 packs in the orders of seed 2; a fraction is one of the epoch it ends in."""
     assert [epoch_order(4, seed=2, epoch=epoch) for epoch in range(3)] == [[3, 2, 0, 1], [1, 3, 0, 2], [1, 2, 3, 0]]
     # tokens as they come: 5 5 6 4 in two packs of 10; 4 5 6 5 and 4 5 5 6 in three, since the 4 is spent on a 5
-    plan = StepPlan((6, 4, 5, 5), seed=2, micro_batch=1, accumulation=1, capacity=10)
+    plan = StepPlan(Fixed((6, 4, 5, 5)), seed=2, micro_batch=1, accumulation=1, capacity=10)
     assert [plan.steps_in_epoch(epoch) for epoch in range(3)] == [2, 3, 3]
     assert plan.last_steps(3) == [2, 5, 8]
     assert plan.last_steps(0.5) == [1]
@@ -298,4 +298,4 @@ def test_the_last_step_of_an_epoch_has_seen_every_sample_as_often_as_epochs(plan
     """Also where the epochs have different numbers of packs, and so of steps."""
     ends = plan.last_steps(epochs)
     seen = list(np.cumsum([len(samples_of(step)) for step in islice(plan.steps(), ends[-1])]))
-    assert [seen[end - 1] for end in ends] == [n * len(plan.lengths) for n in range(1, epochs + 1)]
+    assert [seen[end - 1] for end in ends] == [n * plan.samples.count(0) for n in range(1, epochs + 1)]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from trainer.data.geometry import Geometry
-from trainer.data.records import Object, Record, read_records
+from trainer.data.records import Object, Picture, Record, read_records
 from trainer.errors import DataError
 
 BOX = {"bbox_2d": [10, 10, 40, 30], "desc": "seven/red"}
@@ -47,16 +47,13 @@ def test_a_good_record_is_read_as_it_stands(folder: Path) -> None:
     assert read_records(path).records == (
         Record(
             id="train.jsonl:1",
-            images=(folder / "a.png",),
-            width=96,
-            height=64,
+            images=(Picture(folder / "a.png", 96, 64, "four"),),
             objects=(
                 Object(Geometry("bbox_2d", (10, 10, 40, 30)), "seven/red"),
                 Object(Geometry("quad", (1, 1, 9, 1, 9, 9, 1, 9)), "b"),
                 Object(Geometry("poly", (1, 1, 9.5, 1, 9, 9)), "c"),
                 Object(Geometry("line", (1, 1, 9, 9, 20, 3)), "d"),
             ),
-            summary="four",
             domain="look one",
         ),
     )
@@ -66,7 +63,7 @@ def test_absolute_image_paths_several_images_and_the_edge_of_the_image_are_allow
     """A box may end at the very edge; `image` says which image an object is on."""
     edge = {"bbox_2d": [0, 0, 96, 64], "desc": "all", "image": 1}
     record = read_records(write(folder, GOOD | {"images": [str(folder / "a.png"), "a.png"], "objects": [edge]})).records
-    assert record[0].images == (folder / "a.png", folder / "a.png")
+    assert [picture.path for picture in record[0].images] == [folder / "a.png"] * 2
     assert record[0].objects[0].image == 1
 
 

@@ -17,7 +17,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from trainer.data.geometry import Geometry, to_pixels
 from trainer.data.loader import collate
-from trainer.data.records import Object, Record
+from trainer.data.records import Object, Picture, Record
 from trainer.data.template import END_TOKEN, IMAGE_TOKEN, Encoder, mrope_positions, parse_answer
 from trainer.errors import DataError, ModelError
 
@@ -151,7 +151,7 @@ def test_images_keep_their_size_and_their_pixels(make_encoder: Make, make_record
     """Sides that are multiples of 32: the patches hold the very pixels, however large or small the image is."""
     record = make_record(size=(64, 32))
     pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(record.images[0])
+    Image.fromarray(pixels).save(record.images[0].path)
     sample = make_encoder().encode(record)
     # (grid rows / 2, grid columns / 2, 2, 2, colour, time, 16, 16): merged groups of 2 x 2 patches come together
     patches = sample.pixel_values.reshape(1, 2, 2, 2, 3, 2, 16, 16)
@@ -175,7 +175,7 @@ def test_images_are_resized_only_by_max_pixels_and_to_whole_tokens(
 ) -> None:
     """Sides are rounded to multiples of 32, as the processor does; `max_pixels` alone makes an image smaller."""
     encoder, record = make_encoder(max_pixels=max_pixels, max_length=8192), make_record(size=size)
-    assert encoder.shown_size(record) == shown
+    assert encoder.shown_sizes(record) == [shown]
     assert encoder.encode(record).image_grid_thw.tolist() == [[1, shown[1] // 16, shown[0] // 16]]
 
 
@@ -189,7 +189,7 @@ def test_pixel_coordinates_follow_the_resized_image_and_normalised_ones_do_not(
     encoder = make_encoder(emit_norm="none", max_pixels=small)
     found = parse_answer(encoder.answer(record))[0]
     assert found.points == (32, 16, 320, 160)
-    back = to_pixels(Geometry(found.kind, found.points), (640, 320), "none", encoder.shown_size(record))
+    back = to_pixels(Geometry(found.kind, found.points), (640, 320), "none", encoder.shown_sizes(record)[0])
     assert back == record.objects[0].geometry
     assert make_encoder(max_pixels=small).answer(record) == make_encoder().answer(record)
 
@@ -205,7 +205,8 @@ def test_the_exif_orientation_is_applied_and_colour_is_rgb(
     upright.save(tmp_path / "upright.png")
     lying.save(tmp_path / "lying.png", exif=exif)
     record = make_record(size=(32, 64))
-    samples = [make_encoder().encode(replace(record, images=(tmp_path / f"{n}.png",))) for n in ("upright", "lying")]
+    pictures = [Picture(tmp_path / f"{name}.png", *record.size) for name in ("upright", "lying")]
+    samples = [make_encoder().encode(replace(record, images=(picture,))) for picture in pictures]
     assert torch.equal(samples[0].pixel_values, samples[1].pixel_values)
 
 
