@@ -14,11 +14,12 @@ from typing import Any, Literal
 import numpy as np
 
 from trainer.data import colour
-from trainer.data.clipping import clip
+from trainer.data.clipping import clip, inside
 from trainer.data.colour import Range
 from trainer.data.geometry import Geometry, bounding_box
 from trainer.data.records import Object, Record
 from trainer.data.warp import Colour, Matrix, Warp, about, moved
+from trainer.seeds import derived_seed
 
 _SAME = 1e-6  # pixels
 
@@ -223,7 +224,7 @@ def cut_at_canvas(view: View, min_coverage: float | None = None, completeness_th
         points, share = clip(label.points, size, is_line=label.is_line)
         coverage = label.coverage * share
         if share == 1.0:
-            labels.append(label)
+            labels.append(replace(label, points=points))
         elif share > 0 and coverage >= at_least:
             labels.append(
                 replace(label, points=points, coverage=coverage, partial=label.partial or coverage < complete)
@@ -232,8 +233,7 @@ def cut_at_canvas(view: View, min_coverage: float | None = None, completeness_th
 
 
 def _to_the_edge(label: Label, size: tuple[int, int]) -> Label:
-    points = tuple(min(max(value, 0.0), float(size[i % 2])) for i, value in enumerate(label.points))
-    return replace(label, points=points)
+    return replace(label, points=inside(label.points, size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,13 +274,13 @@ class Chain:
         start = Warp.of(record.size)
         view = View(start, labels, self.rules)
         for place, step in enumerate((Step("bypass", self.bypass_prob), *self.steps)):
-            generator = np.random.default_rng([self.seed, epoch, copy, place, *record.id.encode()])
-            if generator.random() >= step.prob:
+            own = derived_seed(self.seed, "augmentation", epoch, copy, record.id, place)
+            if own >= step.prob * 2**63:  # a generator of its own costs ten times as much as this
                 continue
             if step.name == "bypass":
                 return record
             if not (self.rules.keep_lost and step.name in _AFTER_THE_FIX):
-                view = OPERATIONS[step.name](view, generator, **step.params)
+                view = OPERATIONS[step.name](view, np.random.default_rng(own), **step.params)
         if view.warp == start:
             return record
         cut = cut_at_canvas(view)

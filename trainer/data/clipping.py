@@ -9,6 +9,9 @@ from shapely.geometry.base import BaseGeometry
 from trainer.data.geometry import Size, bounding_box
 
 
+_SAME = 1e-6  # pixels; a float product of exact turns and shifts is off by less
+
+
 def clip(points: Sequence[float], size: Size, *, is_line: bool) -> tuple[tuple[float, ...], float]:
     """Cut a shape at the edges of a canvas.
 
@@ -25,8 +28,8 @@ def clip(points: Sequence[float], size: Size, *, is_line: bool) -> tuple[tuple[f
     """
     x1, y1, x2, y2 = bounding_box(points)
     width, height = size
-    if x1 >= 0 and y1 >= 0 and x2 <= width and y2 <= height:
-        return tuple(points), 1.0
+    if x1 >= -_SAME and y1 >= -_SAME and x2 <= width + _SAME and y2 <= height + _SAME:
+        return inside(points, size), 1.0
     if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
         return (), 0.0
     pairs = list(zip(points[0::2], points[1::2], strict=True))
@@ -37,9 +40,15 @@ def clip(points: Sequence[float], size: Size, *, is_line: bool) -> tuple[tuple[f
     if largest is None or not getattr(largest, wanted):
         return (), 0.0
     ring = largest.exterior if wanted == "area" else largest
-    left = [(min(max(x, 0.0), float(width)), min(max(y, 0.0), float(height))) for x, y in ring.coords]
+    left = list(ring.coords)
     if wanted == "area":
         left = left[:-1]  # shapely closes rings
         if shapely.is_ccw(ring) != shapely.is_ccw(shapely.linearrings([*pairs, pairs[0]])):
             left.reverse()
-    return tuple(value for pair in left for value in pair), float(getattr(largest, wanted) / getattr(shape, wanted))
+    share = float(getattr(largest, wanted) / getattr(shape, wanted))
+    return inside([value for pair in left for value in pair], size), min(1.0, share)
+
+
+def inside(points: Sequence[float], size: Size) -> tuple[float, ...]:
+    """Points outside a canvas moved to its edge, each coordinate by itself."""
+    return tuple(min(max(value, 0.0), float(size[i % 2])) for i, value in enumerate(points))

@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from trainer.data.augment import Chain
 from trainer.data.packing import epoch_order
 from trainer.data.records import Record, Task
+from trainer.seeds import derived_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +106,7 @@ def _grouped(
 
 
 def _chance(seed: int, epoch: int, copy: int, purpose: str, record_id: str) -> float:
-    return float(np.random.default_rng([seed, epoch, copy, *purpose.encode(), 0, *record_id.encode()]).random())
+    return derived_seed(seed, purpose, epoch, copy, record_id) / 2**63
 
 
 def shown(turn: Turn, records: Sequence[Record], mix: Mix, *, epoch: int, changed: bool = True) -> Record:

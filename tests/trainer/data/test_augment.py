@@ -84,7 +84,7 @@ boxes = st.tuples(st.integers(2, 80), st.integers(2, 60), st.integers(12, 36), s
 
 
 @chains
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @example(steps=[("rotate", {"max_deg": 30}), ("center_crop", {"scale": 0.5}), ("rotate", {"max_deg": 30})], seed=1)
 def test_a_marker_at_every_point_is_found_at_the_point_it_became(steps: list, seed: int) -> None:
     """To half a pixel, for the corners of quads and polygons and the points of lines, on any canvas."""

@@ -24,7 +24,9 @@ from trainer.data.turns import Mix, joined, turns
 Make = Callable[..., Any]
 
 
-def record(number: int, *, images: int = 1, weight: float = 1.0, summary: str | None = None, domain: str = "a") -> Record:
+def record(
+    number: int, *, images: int = 1, weight: float = 1.0, summary: str | None = None, domain: str = "a"
+) -> Record:
     """A record that nobody encodes."""
     pictures = (Picture("x.png", 10, 10, summary), *[Picture("y.png", 10, 10)] * (images - 1))
     return Record(f"r.jsonl:{number}", pictures, (), domain=domain, weight=weight)
