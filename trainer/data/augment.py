@@ -1,4 +1,4 @@
-"""Augmentation: a chain of operations over a record's geometry and colours, labels kept exact; no pixel is touched here.
+"""Augmentation: a chain of operations over a record's geometry and colours, labels exact; no pixel is touched here.
 
 An operation is a function (view, generator) -> view. Geometry is composed into one matrix on the way and drawn once by
 `Warp.render`; labels are moved by the same matrix and cut by the same edges.
@@ -18,7 +18,7 @@ from trainer.data.clipping import clip, inside
 from trainer.data.colour import Range
 from trainer.data.geometry import Geometry, bounding_box
 from trainer.data.records import Object, Record
-from trainer.data.warp import Colour, Matrix, Warp, about, moved
+from trainer.data.warp import LARGEST_SIDE, Colour, Matrix, Warp, about, moved
 from trainer.seeds import derived_seed
 
 _SAME = 1e-6  # pixels
@@ -268,9 +268,10 @@ class Chain:
             copy: which showing of the record in this epoch, from 0.
 
         Returns:
-            Another record of the same id, or this one where it is left as it is or no label would be left.
+            Another record of the same id; this one where it is left as it is, no label would be left, or a side would be
+            longer than can be drawn.
         """
-        labels = tuple(Label(n, each, _outline(each.geometry)) for n, each in enumerate(record.objects))
+        labels = tuple(Label(n, each, outline(each.geometry)) for n, each in enumerate(record.objects))
         start = Warp.of(record.size)
         view = View(start, labels, self.rules)
         for place, step in enumerate((Step("bypass", self.bypass_prob), *self.steps)):
@@ -281,7 +282,7 @@ class Chain:
                 return record
             if not (self.rules.keep_lost and step.name in _AFTER_THE_FIX):
                 view = OPERATIONS[step.name](view, np.random.default_rng(own), **step.params)
-        if view.warp == start:
+        if view.warp == start or max(*start.size, *view.warp.size) > LARGEST_SIDE:
             return record
         cut = cut_at_canvas(view)
         objects = tuple(_object(label, cut) for label in cut.labels)
@@ -289,7 +290,8 @@ class Chain:
         return replace(record, images=pictures, objects=objects) if objects else record
 
 
-def _outline(geometry: Geometry) -> tuple[float, ...]:
+def outline(geometry: Geometry) -> tuple[float, ...]:
+    """Flat points of a shape: a box has four corners, clockwise from the upper left."""
     if geometry.kind != "bbox_2d":
         return geometry.points
     x1, y1, x2, y2 = geometry.points
@@ -323,7 +325,7 @@ def _as_outline(old: Object, points: tuple[float, ...]) -> Geometry:
     """A quad where there are four corners, the first of them where the first one lay before; else a polygon."""
     if len(points) != 8:
         return Geometry("poly", points)
-    before = _in_their_box(_outline(old.geometry))
+    before = _in_their_box(outline(old.geometry))
     shifts = [points[2 * n :] + points[: 2 * n] for n in range(4)]
     return Geometry("quad", min(shifts, key=lambda shifted: math.dist(_in_their_box(shifted), before)))
 
@@ -336,7 +338,7 @@ def _in_their_box(points: Sequence[float]) -> tuple[float, ...]:
 
 
 def marked(desc: str, rules: Rules) -> str:
-    """A description with the word for partly visible: in the place of the word for whole, else as one more attribute."""
+    """A description with the word for partly visible: in place of the word for whole, else as one more attribute."""
     if not rules.partial_word:
         return desc
     words = re.split("([/,，])", desc)

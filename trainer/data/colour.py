@@ -34,7 +34,7 @@ def hsv(generator: np.random.Generator, *, hue_delta_deg: Range, sat: Range, val
 
 
 def clahe(generator: np.random.Generator, *, clip_limit: float, tile_grid_size: Sequence[int]) -> list[Colour]:
-    """Contrast-limited adaptive histogram equalization of the lightness (Zuiderveld 1994), in columns x rows of tiles."""
+    """Contrast-limited adaptive equalization of the lightness (Zuiderveld 1994), in columns x rows of tiles."""
     return [partial(_clahe, clip_limit, (tile_grid_size[0], tile_grid_size[1]))]
 
 

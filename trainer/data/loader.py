@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from trainer.data.packing import StepPlan, best_fit
 from trainer.data.records import OnBadRecord, Record, RecordSet, bad_records_error
 from trainer.data.template import Encoder, Sample
-from trainer.data.turns import EACH, Mix, Turn, shown, turns
+from trainer.data.turns import EACH, Mix, Turn, possible, shown, turns
 
 # Shapes: L tokens of a row, P patches and n images of the whole batch. Padded: B rows, one a sample, L the longest of
 # them. Packed: B is 1, and L all samples end to end (the packs of a micro-batch too: one row needs no padding at all).
@@ -174,7 +174,7 @@ class SampleSet(Dataset[Sample]):
 
     def lengths(self, epoch: int) -> tuple[int, ...]:
         """Tokens of each sample of an epoch, without looking at pixels."""
-        if self._is_constant:
+        if self.is_constant:
             return self.own_lengths
         if epoch not in self._lengths:
             records = (self.record((epoch, place)) for place in range(self.count(epoch)))
@@ -183,11 +183,13 @@ class SampleSet(Dataset[Sample]):
 
     @cached_property
     def own_lengths(self) -> tuple[int, ...]:
-        """Tokens of every record as it is in the file, as a sample of its own."""
-        return tuple(self.encoder.length(record) for record in self.records)
+        """Tokens of every record as it is in the file, as a sample of its own; of the longer of its two tasks."""
+        ratio = self.mix.summary_ratio
+        return tuple(max(map(self.encoder.length, possible(record, ratio))) for record in self.records)
 
     @cached_property
-    def _is_constant(self) -> bool:
+    def is_constant(self) -> bool:
+        """Whether every epoch holds the same samples."""
         weights = self.mix.seed is not None and any(record.weight != 1 for record in self.records)
         return self.mix.is_plain and self.mix.chain is None and not weights
 
@@ -201,9 +203,12 @@ class SampleSet(Dataset[Sample]):
         return self._turns[1]
 
     def record(self, draw: Draw) -> Record:
-        """What a sample is made of. Where augmentation would make it too long or too thin, it is left as it is."""
+        """What a sample is made of."""
         epoch, place = draw
-        turn = self.turns(epoch)[place]
+        return self.shown(self.turns(epoch)[place], epoch)
+
+    def shown(self, turn: Turn, epoch: int) -> Record:
+        """A turn as an epoch shows it. Where augmentation would make it too long or too thin, it is left as it is."""
         record = shown(turn, self.records, self.mix, epoch=epoch)
         if self.mix.chain is not None and self.encoder.problem(record):
             return shown(turn, self.records, self.mix, epoch=epoch, changed=False)
@@ -226,13 +231,16 @@ class SampleSet(Dataset[Sample]):
         return (self[0, place] for place in range(self.count(0)))
 
 
-def check_lengths(record_set: RecordSet, encoder: Encoder, *, on_bad_record: OnBadRecord = "error") -> RecordSet:
+def check_lengths(
+    record_set: RecordSet, encoder: Encoder, *, on_bad_record: OnBadRecord = "error", summary_ratio: float = 0.0
+) -> RecordSet:
     """Look for records that cannot be encoded: too long, or an image too thin for a single token.
 
     Args:
         record_set: records that are sound in themselves.
         encoder: of the run.
         on_bad_record: `error` reports all of them at once, `skip` leaves them out.
+        summary_ratio: of the run; where both tasks can be drawn, both must fit.
 
     Returns:
         The records that can be encoded, with one message more for each that was left out.
@@ -240,7 +248,8 @@ def check_lengths(record_set: RecordSet, encoder: Encoder, *, on_bad_record: OnB
     Raises:
         DataError: naming them all, or none is left.
     """
-    problems = {record.id: problem for record in record_set.records if (problem := encoder.problem(record))}
+    tasks = [each for record in record_set.records for each in possible(record, summary_ratio)]
+    problems = {record.id: problem for record in tasks if (problem := encoder.problem(record))}
     messages = [f"{name}{problem}" for name, problem in problems.items()]
     if problems and (on_bad_record == "error" or len(problems) == len(record_set.records)):
         raise bad_records_error(

@@ -16,8 +16,8 @@ from trainer.data.warp import Warp
 from trainer.errors import DataError
 
 __all__ = [
-    "Geometry", "Object", "Picture", "Record", "RecordSet", "bad_records_error", "domain_problem", "read_records",
-    "text_problem",
+    "Geometry", "Object", "Picture", "Reading", "Record", "RecordSet", "bad_records_error", "check_records",
+    "domain_problem", "object_type", "read_records", "text_problem",
 ]  # fmt: skip
 
 OnBadRecord = Literal["error", "skip"]
@@ -37,6 +37,11 @@ class Object:
     geometry: Geometry
     desc: str
     image: int = 0
+
+
+def object_type(desc: str) -> str:
+    """The type of an object: the first element of its slash-separated `desc`."""
+    return desc.split("/", 1)[0].strip()
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,20 @@ class RecordSet:
     skipped: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A file with nothing decided yet: its good records in order, and everything that is wrong with each bad one."""
+
+    records: tuple[Record, ...]
+    faults: Mapping[str, tuple[str, ...]]
+    """By the id of the record; each begins with `:` or `, object 3:`."""
+
+    @property
+    def n_records(self) -> int:
+        """Good and bad ones."""
+        return len(self.records) + len(self.faults)
+
+
 def read_records(jsonl: Path, *, on_bad_record: OnBadRecord = "error", allow_outside_root: bool = False) -> RecordSet:
     """Read and check a JSONL file with all the images that it names.
 
@@ -117,6 +136,20 @@ def read_records(jsonl: Path, *, on_bad_record: OnBadRecord = "error", allow_out
 
     Raises:
         DataError: the file cannot be read, holds no good record, or (`error`) holds a bad one.
+    """
+    found = check_records(jsonl, allow_outside_root=allow_outside_root)
+    if found.faults and (on_bad_record == "error" or not found.records):
+        problems = [f"{name}{problem}" for name, of_record in found.faults.items() for problem in of_record]
+        raise bad_records_error(jsonl, problems, n_bad=len(found.faults), n_records=found.n_records)
+    skipped = tuple(f"{name}{'; '.join(of_record)}" for name, of_record in found.faults.items())
+    return RecordSet(jsonl, found.records, skipped)
+
+
+def check_records(jsonl: Path, *, allow_outside_root: bool = False) -> Reading:
+    """Read and check a JSONL file as `read_records` does, and say what is wrong with it instead of refusing it.
+
+    Raises:
+        DataError: the file cannot be read, or holds no record at all.
     """
     try:
         lines = jsonl.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -132,11 +165,10 @@ def read_records(jsonl: Path, *, on_bad_record: OnBadRecord = "error", allow_out
         sizes[image] = f"leads out of the data root to {real}; `custom.allow_outside_root: true` allows that"
     for _, draft in drafts:
         draft.check_images(sizes)
-    problems = [f"{name}{problem}" for name, draft in drafts for problem in draft.problems]
-    skipped = tuple(f"{name}{'; '.join(draft.problems)}" for name, draft in drafts if draft.problems)
-    if problems and (on_bad_record == "error" or len(skipped) == len(drafts)):
-        raise bad_records_error(jsonl, problems, n_bad=len(skipped), n_records=len(drafts))
-    return RecordSet(jsonl, tuple(draft.record(name) for name, draft in drafts if not draft.problems), skipped)
+    return Reading(
+        tuple(draft.record(name) for name, draft in drafts if not draft.problems),
+        {name: tuple(draft.problems) for name, draft in drafts if draft.problems},
+    )
 
 
 def bad_records_error(path: Path, problems: list[str], *, n_bad: int, n_records: int) -> DataError:
@@ -189,10 +221,8 @@ class _Draft:
         """The record; only for a draft without problems."""
         width, height = self._size or (0, 0)
         tree = self._tree
-        summaries = (tree.get("summary"), *[None] * (len(self.images) - 1))
-        pictures = tuple(
-            Picture(*each) for each in zip(self.images, repeat(width), repeat(height), summaries, strict=False)
-        )
+        summaries = chain([tree.get("summary")], repeat(None))
+        pictures = tuple(Picture(path, width, height, text) for path, text in zip(self.images, summaries, strict=False))
         return Record(name, pictures, tuple(self._objects), tree.get("domain"), float(tree.get("weight", 1)))
 
     def check_images(self, sizes: Mapping[Path, Size | str]) -> None:

@@ -86,6 +86,14 @@ def _task(record: Record, mix: Mix, epoch: int, copy: int) -> Task:
     return "summary" if _chance(*drawn, "task", record.id) < mix.summary_ratio else "dense"
 
 
+def possible(record: Record, summary_ratio: float) -> list[Record]:
+    """A record with each task that it can be drawn with."""
+    both = [record, replace(record, task="summary")]
+    if not summary_ratio or record.images[0].summary is None:
+        return both[:1]
+    return both[1:] if summary_ratio == 1 else both
+
+
 def _grouped(
     showings: Sequence[Showing], records: Sequence[Record], lengths: Sequence[int], mix: Mix, max_length: int
 ) -> list[Turn]:

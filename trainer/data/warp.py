@@ -18,9 +18,15 @@ Colour = Callable[[Pixels], Pixels]
 Matrix = tuple[float, float, float, float, float, float]
 """x' = a x + b y + c and y' = d x + e y + f, written (a, b, c, d, e, f)."""
 
+# Loader processes are forked, and threads that OpenCV has started do not come along: it would wait for them for ever.
+cv2.setNumThreads(0)
+
 IDENTITY: Matrix = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 FILL = 128
 """What lies outside the image, in every channel: the grey that Qwen3-VL's normalisation takes to zero."""
+
+LARGEST_SIDE = 2**15 - 2
+"""Pixels; OpenCV counts them in 16 bits."""
 
 _SAME = 1e-6  # pixels; a float product of exact turns and shifts is off by less
 
@@ -108,7 +114,7 @@ class Warp:
         """
         for colour in self.colours:
             pixels = colour(pixels)
-        if self.matrix == IDENTITY and self.size == self.source and self._is_all_visible():
+        if self.matrix == IDENTITY and self.size == self.source and not self._cutting_edges():
             return pixels
         # OpenCV counts from the middle of the first pixel, half a pixel in
         a, b, c, d, e, f = compose((1, 0, -0.5, 0, 1, -0.5), compose(self.matrix, (1, 0, 0.5, 0, 1, 0.5)))
@@ -119,35 +125,29 @@ class Warp:
             flags=cv2.INTER_LINEAR,
             borderMode=cv2.BORDER_REPLICATE,  # so that the rim is not blended with the fill; the mask below cuts it
         )
-        if not self._is_all_visible():
-            drawn[~self._mask()] = FILL
+        self._fill_outside(drawn)
         return np.asarray(drawn, np.uint8)
 
-    def _is_all_visible(self) -> bool:
-        """Whether the image covers the whole canvas: every corner of the canvas lies inside the polygon."""
-        corners = _corners(0, 0, *self.size)
-        points = zip(corners[0::2], corners[1::2], strict=True)
-        return all(depth >= -_SAME for point in points for depth in self._depths(*map(np.array, point)))
+    def _fill_outside(self, drawn: Pixels) -> None:
+        """Overwrite pixels whose middle lies outside the polygon, edge by edge; edges that cut nothing cost nothing."""
+        x, y = (np.arange(side) + 0.5 for side in self.size)
+        for a, b, c in self._cutting_edges():
+            drawn[(a * x)[None, :] + (b * y + c)[:, None] < -_SAME] = FILL
 
-    def _mask(self) -> NDArray[np.bool_]:
-        """(height, width): whether the middle of a pixel lies in the polygon."""
-        x, y = np.meshgrid(np.arange(self.size[0]) + 0.5, np.arange(self.size[1]) + 0.5)
-        inside = np.ones(x.shape, bool)
-        for depth in self._depths(x, y):
-            inside &= depth >= -_SAME
-        return inside
-
-    def _depths(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-        """How far inside each edge of the polygon points lie, in pixels; negative outside."""
+    def _cutting_edges(self) -> list[tuple[float, float, float]]:
+        """Edges of the polygon that leave a part of the canvas outside: a x + b y + c is the depth inside, in pixels."""
         xs, ys = self.visible[0::2], self.visible[1::2]
         turn = -1.0 if _area(self.visible) < 0 else 1.0
-        depths = []
+        corners = _corners(0, 0, *self.size)
+        edges = []
         for i in range(len(xs)):
-            x0, y0, x1, y1 = xs[i - 1], ys[i - 1], xs[i], ys[i]
-            length = math.hypot(x1 - x0, y1 - y0)
-            if length > _SAME:
-                depths.append(turn * ((x1 - x0) * (y - y0) - (y1 - y0) * (x - x0)) / length)
-        return depths
+            x, y, across, down = xs[i - 1], ys[i - 1], xs[i] - xs[i - 1], ys[i] - ys[i - 1]
+            length = turn * math.hypot(across, down)
+            if abs(length) > _SAME:
+                a, b, c = -down / length, across / length, (down * x - across * y) / length
+                if any(a * x + b * y + c < -_SAME for x, y in zip(corners[0::2], corners[1::2], strict=True)):
+                    edges.append((a, b, c))
+        return edges
 
 
 def _corners(x1: float, y1: float, x2: float, y2: float) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Augmentation: labels lie where their pixels lie, whatever the chain; edges cut, drop and mark; draws repeat exactly."""
+"""Augmentation: labels lie where their pixels lie, whatever the chain; edges cut, drop and mark; draws repeat."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -239,8 +239,12 @@ def test_what_several_edges_cut_off_adds_up() -> None:
 
 @pytest.mark.parametrize(
     ("points", "skip", "done"),
-    [((40, 30, 80, 60), True, True), ((0, 0, 10, 10), True, True), ((0, 30, 80, 60), True, False)]
-    + [((0, 30, 80, 60), False, True)],
+    [
+        ((40, 30, 80, 60), True, True),
+        ((0, 0, 10, 10), True, True),
+        ((0, 30, 80, 60), True, False),
+        ((0, 30, 80, 60), False, True),
+    ],
 )
 def test_a_crop_across_a_line_is_not_done(points: tuple[float, ...], skip: bool, done: bool) -> None:
     """Unless told otherwise; lines inside or outside as a whole do not matter."""

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,9 @@ from torch import Tensor
 from trainer.data.answer import parse_answer
 from trainer.data.augment import Chain, Rules, Step
 from trainer.data.geometry import Geometry
-from trainer.data.loader import SampleSet, train_steps
+from trainer.data.loader import SampleSet, check_lengths, train_steps
 from trainer.data.packing import StepPlan
-from trainer.data.records import Object, Picture, Record
+from trainer.data.records import Object, Picture, Record, RecordSet
 from trainer.data.turns import Mix, joined, turns
 
 Make = Callable[..., Any]
@@ -152,6 +153,24 @@ def test_the_summary_of_each_image_is_the_answer(make_encoder: Make, make_record
     assert json.loads(answer) == {"image_1": "一只红色的七", "image_2": "two"}
     prompt = encoder.tokenizer.decode(sample.input_ids[~sample.supervised])
     assert "bbox_2d" not in prompt
+
+
+@pytest.mark.parametrize(("ratio", "bad"), [(0.0, 0), (0.5, 1), (1.0, 1)])
+def test_a_summary_that_would_be_too_long_is_named_before_training(
+    make_encoder: Make, make_record: Make, ratio: float, bad: int
+) -> None:
+    """Every task that a record can be drawn with must fit, also in a turn with others."""
+    long = make_record(1)
+    long = replace(long, images=(replace(long.images[0], summary="a seven " * 200),))
+    limit = 2 * make_encoder().length(make_record(2)) + 10
+    encoder = make_encoder(max_length=limit)
+    record_set = RecordSet(Path("train.jsonl"), (long, make_record(2)))
+    checked = check_lengths(record_set, encoder, on_bad_record="skip", summary_ratio=ratio)
+    assert len(checked.skipped) == bad
+    fitting = replace(long.images[0], summary="a seven " * 8)
+    mixed = [replace(long, images=(fitting,), id=f"train.jsonl:{n}") for n in range(8)]
+    samples = SampleSet(mixed, encoder, Mix(4, ratio, seed=3))
+    assert max(samples.lengths(0)) <= limit
 
 
 def augmented(make_encoder: Make, make_record: Make, **mix: Any) -> SampleSet:
