@@ -28,6 +28,10 @@ class StrategyError(UserError):
 class DataError(UserError):
     """Records, images or the folder that holds them are wrong."""
 
+    def __reduce__(self) -> tuple[type["DataError"], tuple[str, str, str, str]]:
+        """Make the same one again in another process: loader processes hand theirs to the first."""
+        return type(self), (self.where, self.got, self.allowed, self.do)
+
 
 class ModelError(UserError):
     """The base model cannot be found, read or used as asked."""

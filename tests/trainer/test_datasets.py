@@ -1,11 +1,18 @@
 """Subsets spread over a file, and evaluation sets that are the same packed and padded, whole and shared by ranks."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
+from PIL import Image
 
 from tests.conftest import PAD_ID, MakeParts, tiny_samples
+from trainer.config.schema import Config
 from trainer.data.exchange import exchange_images
 from trainer.data.records import Record
-from trainer.datasets import exchanged_batches, spread
+from trainer.datasets import exchanged_batches, read_data, spread
+from trainer.errors import DataError
 from trainer.loop import evaluate
 
 
@@ -34,3 +41,19 @@ def test_exchanged_images_cost_the_same_in_any_batches(make_parts: MakeParts, ca
     shares = [evaluate(engine, batches[rank::ranks]) for rank in range(ranks)]
     found = {i: loss for share in shares for i, loss in zip(share.record_ids, share.loss_sums, strict=True)}
     assert found == pytest.approx(dict(zip(single.record_ids, single.loss_sums, strict=True)), rel=1e-5)
+
+
+def test_images_outside_a_files_folder_are_read_only_where_the_configuration_allows_it(tmp_path: Path) -> None:
+    """`custom.allow_outside_root` reaches every file."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    objects = [{"bbox_2d": [1, 1, 9, 9], "desc": "a"}]
+    record = {"images": ["../a.png"], "width": 32, "height": 32, "objects": objects}
+    files = {f"{name}_jsonl": tmp_path / "data" / f"{name}.jsonl" for name in ("train", "val", "ood")}
+    (tmp_path / "data").mkdir()
+    for path in files.values():
+        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    custom: dict[str, Any] = {name: str(path) for name, path in files.items()}
+    with pytest.raises(DataError, match=r"custom\.allow_outside_root: true"):
+        read_data(Config.model_validate({"custom": custom}))
+    data = read_data(Config.model_validate({"custom": custom | {"allow_outside_root": True}}))
+    assert [len(found.records) for found in data.sets().values()] == [1, 1, 1]

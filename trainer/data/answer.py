@@ -41,15 +41,30 @@ def answer_text(record: Record, emit_norm: EmitNorm, shown: Sequence[Size] | Non
             if picture.summary is not None:
                 groups[f"image_{index + 1}"] = picture.summary
             continue
-        after = shown[index] if shown else None
-        own = [o for o in record.objects if o.image == index]
-        emitted = [(emit(o.geometry, picture.size, emit_norm, after), o.desc) for o in own]
-        # Sorted by what is emitted, so that the order can be seen in the answer itself.
-        emitted.sort(key=lambda pair: (reading_key(pair[0]), pair[0].kind, pair[1]))
+        emitted = in_order(record, index, emit_norm, shown[index] if shown else None)
         groups[f"image_{index + 1}"] = {
-            f"object_{number}": _leaf(geometry, desc) for number, (geometry, desc) in enumerate(emitted, 1)
+            f"object_{number}": _leaf(geometry, record.objects[place].desc)
+            for number, (place, geometry) in enumerate(emitted, 1)
         }
     return json.dumps(groups, ensure_ascii=False, separators=(",", ":"))
+
+
+def in_order(record: Record, image: int, emit_norm: EmitNorm, shown: Size | None = None) -> list[tuple[int, Geometry]]:
+    """The objects of one image as the answer numbers them.
+
+    Args:
+        record: what the answer is about.
+        image: index of the image, from 0.
+        emit_norm: frame of the coordinates.
+        shown: (width, height) of the image after resizing, see `geometry.emit`.
+
+    Returns:
+        (place among the record's objects, geometry as emitted), that of `object_1` first.
+    """
+    size = record.images[image].size
+    emitted = [(n, emit(o.geometry, size, emit_norm, shown)) for n, o in enumerate(record.objects) if o.image == image]
+    # Sorted by what is emitted, so that the order can be seen in the answer itself.
+    return sorted(emitted, key=lambda pair: (reading_key(pair[1]), pair[1].kind, record.objects[pair[0]].desc))
 
 
 def parse_answer(text: str) -> list[ParsedObject]:

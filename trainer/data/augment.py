@@ -268,8 +268,8 @@ class Chain:
             copy: which showing of the record in this epoch, from 0.
 
         Returns:
-            Another record of the same id; this one where it is left as it is, no label would be left, or a side would be
-            longer than can be drawn.
+            Another record of the same id; this one where it is left as it is, where no label would be left, or where a
+            side would be longer than can be drawn.
         """
         labels = tuple(Label(n, each, outline(each.geometry)) for n, each in enumerate(record.objects))
         start = Warp.of(record.size)

@@ -8,7 +8,6 @@ from shapely.geometry.base import BaseGeometry
 
 from trainer.data.geometry import Size, bounding_box
 
-
 _SAME = 1e-6  # pixels; a float product of exact turns and shifts is off by less
 
 

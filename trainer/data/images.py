@@ -1,8 +1,10 @@
 """Image files: their sizes checked in bulk without decoding, and one read the way it is meant to be seen."""
 
+import hashlib
 import os
 import stat
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -119,6 +121,30 @@ def image_sizes(paths: Iterable[Path]) -> dict[Path, Size | str]:
     Image.init()  # registers all formats once; the threads below must not race for it
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(ordered, pool.map(_image_size, ordered), strict=True))
+
+
+def equal_files(paths: Iterable[Path]) -> dict[Path, Path]:
+    """Find image files of equal content, whatever their names; only files of equal length are read.
+
+    Args:
+        paths: files that can be read.
+
+    Returns:
+        For each path the first one (by name) of those with its content.
+    """
+    by_length: defaultdict[int, list[Path]] = defaultdict(list)
+    for path in sorted(set(paths)):
+        by_length[path.stat().st_size].append(path)
+    to_read = [path for group in by_length.values() if len(group) > 1 for path in group]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        digests: dict[Path, object] = dict(zip(to_read, pool.map(_digest, to_read), strict=True))
+    first: dict[object, Path] = {}
+    return {path: first.setdefault(digests.get(path, path), path) for group in by_length.values() for path in group}
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _image_size(path: Path) -> Size | str:

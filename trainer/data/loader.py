@@ -15,6 +15,7 @@ from trainer.data.packing import StepPlan, best_fit
 from trainer.data.records import OnBadRecord, Record, RecordSet, bad_records_error
 from trainer.data.template import Encoder, Sample
 from trainer.data.turns import EACH, Mix, Turn, possible, shown, turns
+from trainer.errors import DataError
 
 # Shapes: L tokens of a row, P patches and n images of the whole batch. Padded: B rows, one a sample, L the longest of
 # them. Packed: B is 1, and L all samples end to end (the packs of a micro-batch too: one row needs no padding at all).
@@ -218,8 +219,7 @@ class SampleSet(Dataset[Sample]):
         """One sample.
 
         Raises:
-            DataError: it cannot be encoded.
-            OSError: its image has gone.
+            DataError: it cannot be encoded, or its image has gone.
         """
         record = self.record(draw)
         if any(picture.warp is not None for picture in record.images):
@@ -321,10 +321,35 @@ def eval_batches(
 
 def _batches(samples: SampleSet, plan: Iterator[list[Draw]], workers: int, *, packed: bool) -> Iterator[Batch]:
     loader = DataLoader(
-        samples,
+        _Careful(samples),
         batch_sampler=plan,
-        collate_fn=partial(collate, pad_id=samples.encoder.pad_id, packed=packed),
+        collate_fn=partial(_collated, pad_id=samples.encoder.pad_id, packed=packed),
         num_workers=workers,
         generator=torch.Generator(),  # without its own it would draw from, and so shift, torch's global stream
     )
-    return iter(loader)
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+class _Careful(Dataset[Sample | DataError]):
+    """Hands a user's mistake on like a sample: raised in a loader process, it would lose its type and its words."""
+
+    def __init__(self, samples: SampleSet) -> None:
+        self._samples = samples
+
+    def __getitem__(self, draw: Draw) -> Sample | DataError:
+        try:
+            return self._samples[draw]
+        except DataError as error:
+            return error
+
+
+def _collated(items: Sequence[Sample | DataError], pad_id: int, *, packed: bool) -> Batch | DataError:
+    samples = []
+    for item in items:
+        if isinstance(item, DataError):
+            return item
+        samples.append(item)
+    return collate(samples, pad_id, packed=packed)

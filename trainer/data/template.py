@@ -17,7 +17,7 @@ from trainer.data.prompts import Language, Scheme, Taxonomy, system_prompt, user
 from trainer.data.records import TASKS, Picture, Record, Task
 from trainer.errors import DataError, ModelError
 
-__all__ = ["Encoder", "ParsedObject", "Sample", "answer_text", "mrope_positions", "parse_answer"]
+__all__ = ["Encoder", "ParsedObject", "Sample", "TokenCounts", "answer_text", "mrope_positions", "parse_answer"]
 
 # Shapes: L tokens of a sample, n images of a sample, P patches of all its images, merge**2 patches a token.
 
@@ -52,6 +52,20 @@ class Sample:
     pixel_values: Tensor
     image_grid_thw: Tensor
     domain: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Tokens of a sample: the words of its prompt with all chat tokens, its images, its answer with its end mark."""
+
+    prompt: int
+    image: int
+    answer: int
+
+    @property
+    def whole(self) -> int:
+        """All of them."""
+        return self.prompt + self.image + self.answer
 
 
 def mrope_positions(image_tokens: Tensor, image_grid_thw: Tensor, merge_size: int) -> Tensor:
@@ -131,6 +145,11 @@ class Encoder:
         self._latest: tuple[str, list[int]] = ("", [])
         self._check_template()
 
+    def token_counts(self, record: Record) -> TokenCounts:
+        """Tokens of the record's sample before anything is cut, without looking at its pixels."""
+        words, image = self._prompt_parts(record)
+        return TokenCounts(words, image, len(self._answer_ids(record)))
+
     def length(self, record: Record) -> int:
         """Tokens of the record's sample, without looking at its pixels; above `max_length` it cannot be encoded."""
         prompt = self._prompt_length(record)
@@ -139,13 +158,8 @@ class Encoder:
 
     def problem(self, record: Record) -> str | None:
         """Say why a record cannot be encoded (image too thin, too long), or None; pixels are not looked at."""
-        for width, height in (picture.size for picture in record.images):
-            long, short = max(width, height), min(width, height)
-            if 2 * short <= self._factor or long > 200 * short:
-                return (
-                    f": image of {width}x{height} pixels is too thin "
-                    f"(sides above {self._factor // 2} pixels, at most 200 times as long as wide)"
-                )
+        if found := self.image_problem(record):
+            return found
         prompt = self._prompt_length(record)
         if prompt >= self.max_length:
             return f": prompt and image alone take {prompt} tokens of {self.max_length}"
@@ -153,12 +167,22 @@ class Encoder:
             return f": {length} tokens, more than {self.max_length}"
         return None
 
+    def image_problem(self, record: Record) -> str | None:
+        """Say which image is too thin for the model, or None; a record with one has no tokens to be counted."""
+        for width, height in (picture.size for picture in record.images):
+            long, short = max(width, height), min(width, height)
+            if 2 * short <= self._factor or long > 200 * short:
+                return (
+                    f": image of {width}x{height} pixels is too thin "
+                    f"(sides above {self._factor // 2} pixels, at most 200 times as long as wide)"
+                )
+        return None
+
     def encode(self, record: Record) -> Sample:
         """Encode prompt and answer; answer and its end mark are supervised.
 
         Raises:
-            DataError: the record cannot be encoded, see `problem`.
-            OSError: its image has gone since the records were checked.
+            DataError: the record cannot be encoded, see `problem`, or its image has gone since it was checked.
         """
         if found := self.problem(record):
             raise DataError(
@@ -180,6 +204,11 @@ class Encoder:
     def answer(self, record: Record) -> str:
         """The answer text of a record, in this encoder's frame."""
         return answer_text(record, self.emit_norm, self.shown_sizes(record))
+
+    def kept_answer(self, record: Record) -> str:
+        """What of the answer's text fits `max_length` beside the prompt."""
+        room = max(0, self.max_length - self._prompt_length(record))
+        return str(self.tokenizer.decode(self._answer_ids(record)[:room], skip_special_tokens=True))
 
     def messages(self, record: Record) -> list[dict[str, Any]]:
         """System and user message of a record, in the form that chat templates take."""
@@ -231,8 +260,12 @@ class Encoder:
         return self._prompts[key]
 
     def _prompt_length(self, record: Record) -> int:
+        return sum(self._prompt_parts(record))
+
+    def _prompt_parts(self, record: Record) -> tuple[int, int]:
+        """Tokens of the prompt's words, and of its images."""
         pixels = sum(width * height for width, height in self.shown_sizes(record))
-        return len(self._prompt_ids(record)) + pixels // self._factor**2 - len(record.images)
+        return len(self._prompt_ids(record)) - len(record.images), pixels // self._factor**2
 
     def _answer_ids(self, record: Record) -> list[int]:
         text = self.answer(record)

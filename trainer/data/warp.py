@@ -118,7 +118,7 @@ class Warp:
             return pixels
         # OpenCV counts from the middle of the first pixel, half a pixel in
         a, b, c, d, e, f = compose((1, 0, -0.5, 0, 1, -0.5), compose(self.matrix, (1, 0, 0.5, 0, 1, 0.5)))
-        drawn = cv2.warpAffine(
+        drawn: Pixels = cv2.warpAffine(  # type: ignore[assignment]  # of the pixels' own type
             pixels,
             np.array([[a, b, c], [d, e, f]]),
             self.size,
@@ -126,7 +126,7 @@ class Warp:
             borderMode=cv2.BORDER_REPLICATE,  # so that the rim is not blended with the fill; the mask below cuts it
         )
         self._fill_outside(drawn)
-        return np.asarray(drawn, np.uint8)
+        return drawn
 
     def _fill_outside(self, drawn: Pixels) -> None:
         """Overwrite pixels whose middle lies outside the polygon, edge by edge; edges that cut nothing cost nothing."""
@@ -135,7 +135,7 @@ class Warp:
             drawn[(a * x)[None, :] + (b * y + c)[:, None] < -_SAME] = FILL
 
     def _cutting_edges(self) -> list[tuple[float, float, float]]:
-        """Edges of the polygon that leave a part of the canvas outside: a x + b y + c is the depth inside, in pixels."""
+        """Edges of the polygon that leave a part of the canvas outside; a x + b y + c is the depth inside in pixels."""
         xs, ys = self.visible[0::2], self.visible[1::2]
         turn = -1.0 if _area(self.visible) < 0 else 1.0
         corners = _corners(0, 0, *self.size)

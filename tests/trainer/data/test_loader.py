@@ -285,6 +285,14 @@ def test_ranks_share_the_batches_of_one(samples: SampleSet, packed: bool) -> Non
         assert all(same(a, b) for a, b in zip(share, alone[rank::2], strict=True))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_has_gone_is_told_as_what_it_is(samples: SampleSet, workers: int) -> None:
+    """The same message from whichever process meets it."""
+    samples.records[3].images[0].path.unlink()
+    with pytest.raises(DataError, match=r"4_0\.png"):
+        list(islice(train_steps(samples, plan_of(samples), workers=workers), 4))
+
+
 def test_samples_are_kept_in_memory_up_to_the_bound(make_encoder: Make, make_record: Make) -> None:
     """What was kept is there without its image; what did not fit is read again."""
     records = [make_record(n) for n in range(3)]

@@ -1,6 +1,7 @@
 """Records: what is read, and every fault that is named before training starts."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,9 @@ FAULTS: list[tuple[Any, str]] = [
     (GOOD | {"images": []}, "train.jsonl:1: `images` must be a list"),
     (GOOD | {"images": "a.png"}, "train.jsonl:1: `images` must be a list"),
     (GOOD | {"images": ["no.png"]}, "no.png: no such file"),
+    (GOOD | {"images": ["."]}, "is not a regular file"),
+    (GOOD | {"images": ["a\0.png"]}, 'train.jsonl:1: no file can have the name "a\\u0000.png"'),
+    (GOOD | {"images": ["\udcff.png"]}, 'train.jsonl:1: no file can have the name "\\udcff.png"'),
     (GOOD | {"width": 95}, "a.png is 96x64 pixels (EXIF orientation applied), width and height say 95x64"),
     (GOOD | {"width": 64, "height": 96}, "a.png is 96x64 pixels"),
     (GOOD | {"height": 0}, "train.jsonl:1: `height` must be a whole number of pixels above 0, not 0"),
@@ -209,3 +213,50 @@ def test_text_that_is_not_utf8_is_a_fault_of_its_line(folder: Path) -> None:
     path = folder / "train.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"images": ["\xff"]}\n')
     assert [m.split(": ")[0] for m in read_records(path, on_bad_record="skip").skipped] == ["train.jsonl:2"]
+
+
+@pytest.mark.parametrize(
+    "image", ["{other}/a.png", "../other/a.png", "link/a.png", "link.png", "sub/../../other/a.png"]
+)
+def test_an_image_outside_the_files_folder_needs_leave(folder: Path, image: str) -> None:
+    """Absolute, by `..`, through a link of a folder or of the file itself; the message says which key gives leave."""
+    (folder / "other").mkdir()
+    (folder / "a.png").rename(folder / "other" / "a.png")
+    root = folder / "root"
+    (root / "sub").mkdir(parents=True)
+    (root / "link").symlink_to("../other")
+    (root / "link.png").symlink_to("../other/a.png")
+    path = write(root, GOOD | {"images": [image.format(other=folder / "other")]})
+    with pytest.raises(DataError) as caught:
+        read_records(path)
+    assert f"leads out of the data root to {(folder / 'other' / 'a.png').resolve()}" in caught.value.got
+    assert "train.jsonl:1: image " in caught.value.got
+    assert "`custom.allow_outside_root: true`" in caught.value.got
+    assert len(read_records(path, allow_outside_root=True).records) == 1
+
+
+def test_an_image_outside_is_not_opened_and_can_be_skipped(folder: Path) -> None:
+    """What lies there is nobody's business: the reason is the path, whatever the file is; other records stay."""
+    secret, opened = folder / "passwd.png", []
+    secret.write_text("no image")
+    sys.addaudithook(lambda event, given: opened.append(event) if event == "open" and given[0] == str(secret) else None)
+    root = folder / "root"
+    root.mkdir()
+    (folder / "a.png").rename(root / "a.png")
+    path = write(root, GOOD, GOOD | {"images": ["a.png", str(secret)]})
+    result = read_records(path, on_bad_record="skip")
+    assert opened == []
+    assert [record.id for record in result.records] == ["train.jsonl:1"]
+    assert "leads out of the data root" in result.skipped[0]
+    read_records(path, on_bad_record="skip", allow_outside_root=True)
+    assert opened == ["open"]
+
+
+def test_links_within_the_folder_and_a_folder_that_is_a_link_need_no_leave(folder: Path) -> None:
+    """Both sides are followed before they are compared."""
+    (folder / "root").mkdir()
+    (folder / "a.png").rename(folder / "root" / "b.png")
+    (folder / "root" / "a.png").symlink_to("b.png")
+    write(folder / "root", GOOD)
+    (folder / "way_in").symlink_to("root")
+    assert len(read_records(folder / "way_in" / "train.jsonl").records) == 1
