@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import cache
 
 from analysis.checks import Finding
-from analysis.effects import METHODS
+from analysis.effects import METHODS, QUESTIONS, lacking
 from analysis.ranking import TRAINABLE, Ranking, Row
 from analysis.runs import Run
-from analysis.settings import BLOCKS, LORA_RANK, METHOD, SEED, VIT_LR, number, same
+from analysis.settings import BLOCKS, LORA_RANK, METHOD, SEED, VIT_LR, is_idle, number, same
 from analysis.statistics import ALL_PAIRS, FAMILY_ERROR, seeds_to_settle
 from analysis.verdict import listed, pair_of, standing
 from trainer import names
@@ -106,10 +106,10 @@ def recommendation(ranking: Ranking, findings: Sequence[Finding]) -> Recommendat
 
 
 def next_steps(ranking: Ranking, findings: Sequence[Finding]) -> list[Step]:
-    """What would tell more: seeds, the missing cells of the 2x2, neighbours of the winner, tuned learning rates."""
+    """What would tell more: seeds, the missing cells of 2x2s, neighbours of the winner, tuned learning rates."""
     if not ranking.rows:
         return []
-    steps = [*_seeds(ranking), *_missing_cells(ranking), *_neighbours(ranking)]
+    steps = [*_seeds(ranking), *_missing_cells(ranking), *_missing_noise(ranking), *_neighbours(ranking)]
     if any(finding.check == "rates_not_tuned" for finding in findings):
         steps.append(
             Step(
@@ -151,7 +151,11 @@ def _given(run: Run) -> dict[str, str] | None:
         return None
     if any(key.startswith("strategy.") and key not in run.params for key in shipped):
         return None  # a file of the user's that happens to have the name of a shipped one, in another form
-    given = {key: value for key in shipped if same(value := run.params.get(key, shipped[key])) != same(shipped[key])}
+    given = {
+        key: value
+        for key in shipped
+        if not is_idle(key, run.params) and same(value := run.params.get(key, shipped[key])) != same(shipped[key])
+    }
     return given | ({SEED: run.seed} if run.seed else {})
 
 
@@ -244,6 +248,17 @@ def _missing_cells(ranking: Ranking) -> list[Step]:
                 run = next(have[depth, m] for m in METHODS if (depth, m) in have).readings[0].run
                 text = f"The 2x2 of depth and method lacks vision blocks {depth} trained by {method}."
                 steps.append(Step(text, _command_for_cell(run, depth, method)))
+    return steps
+
+
+def _missing_noise(ranking: Ranking) -> list[Step]:
+    """Arms that were not run with a disturbance, or not without it, where others were run with both."""
+    steps = []
+    for question in QUESTIONS.values():
+        for row, level in lacking(ranking, question) if question.robustness else ():
+            first, second = question.first, question.second
+            text = f"The 2x2 of {first.name} and {second.name} lacks {row.label} {second.at} {level} {second.header}."
+            steps.append(Step(text, command_of(row.readings[0].run, {second.key: level})))
     return steps
 
 

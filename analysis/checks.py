@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from analysis.subject import MUST_AGREE, NAN, Subject, known
+from trainer import names
 
 OVERFIT_PERCENT = 1.0
 """The end is this much above the lowest eval loss, and the lowest lies in the first half: overfitting."""
@@ -280,10 +281,21 @@ def rate_at_the_edge(subject: Subject) -> list[Finding]:
 
 def gap_under_augmentation(subject: Subject) -> list[Finding]:
     """Train loss was measured on augmented images and eval loss was not: their difference is no memorization."""
-    found = {arm.name: arm.gap for arm in subject.arms if arm.augmented and known(arm.gap)}
+    found = {arm.name: arm.gap for arm in subject.arms if arm.augmentation != "off" and known(arm.gap)}
+    if not found:
+        return []
     listed = ", ".join(f"{name} {gap:.4f}" for name, gap in found.items())
     text = f"Trained on augmented images: the gap ({listed}) mixes memorization with harder images; read the clean gap."
-    return [Finding("gap_under_augmentation", text, found)] if found else []
+    modes: dict[str, list[str]] = {}
+    for arm in subject.arms:
+        modes.setdefault(arm.augmentation, []).append(arm.name)
+    if len(modes) > 1:
+        listed = "; ".join(f"{mode}: {', '.join(arms)}" for mode, arms in modes.items())
+        text += (
+            f" Arms differ in how training samples were changed ({listed}): train loss and {names.GAP} cannot be "
+            f"compared between these, {names.GAP_CLEAN} and eval loss can."
+        )
+    return [Finding("gap_under_augmentation", text, found)]
 
 
 CHECKS: dict[str, Callable[[Subject], list[Finding]]] = {

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from analysis.comparison import AXES, CURVE_FIGURES, Comparison, along
 from analysis.curves import Curve, Floats
-from analysis.effects import METHODS, domain_values, n_blocks
+from analysis.effects import METHODS, QUESTIONS, Effects, Question, domain_values, n_blocks, two_by_twos
 from analysis.ranking import TRAINABLE, Ranking, Row
 from analysis.settings import BLOCKS, LORA_RANK, METHOD, VIT_LR, number
 from analysis.statistics import Estimate
@@ -76,6 +76,7 @@ def draw(comparison: Comparison, folder: Path, axis: str) -> list[Path]:
         figures["gap_bars"] = gap_bars(comparison.ranking)
         figures["costs"] = costs(comparison.ranking)
         figures |= {name: sweep(comparison.ranking, name) for name in SWEEPS}
+        figures |= {name: interaction(comparison.ranking, q) for name, q in QUESTIONS.items() if q.robustness}
         figures["domains"] = domain_map(comparison.ranking)
         drawn = {name: figure for name, figure in figures.items() if figure is not None}
         for name, figure in drawn.items():
@@ -234,6 +235,43 @@ def domain_map(ranking: Ranking) -> Figure | None:
     return figure
 
 
+def interaction(ranking: Ranking, question: Question) -> Figure | None:
+    """The ranked metric on the levels of the second factor, a line for each of the first; a panel for each 2x2."""
+    found = two_by_twos(ranking, question)
+    if not found:
+        return None
+    figure = Figure(figsize=(_SIZE[0] - 1 + 2.6 * (len(found) - 1), _SIZE[1]), layout="constrained")
+    plots = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for plot, effects in zip(plots, found, strict=True):
+        _draw_effects(plot, effects, ranking.by)
+        plot.set_xlabel(question.second.header)
+        if question.within:
+            plot.set_title(f"{question.within.header} {effects.within}", fontsize=9)
+    plots[0].set_ylabel(ranking.by)
+    _legend(figure, plots[0])
+    return figure
+
+
+def _draw_effects(plot: Axes, effects: Effects, by: str) -> None:
+    """One 2x2: arms with 95 % intervals over seeds, and thin lines for the seeds that an arm has at both levels."""
+    lines, columns = effects.levels
+    styles = looks(lines)
+    for place, line in enumerate(lines):
+        look, rows = styles[line], [effects.cells[line, column] for column in columns]
+        x = np.array([0.0, 1.0]) + 0.04 * (place - 0.5)  # beside each other, so that intervals can be read
+        left, right = ({reading.block: reading.values[by] for reading in row.readings} for row in rows)
+        for block in left.keys() & right.keys():
+            plot.plot(x, [left[block], right[block]], color=look.colour, linewidth=0.6, alpha=0.35)
+        estimates = [row.estimates[by] for row in rows]
+        plot.errorbar(
+            x, [one.mean for one in estimates], yerr=_errors(estimates), label=effects.question.first.word(line),
+            color=look.colour, linestyle=look.line, marker=look.marker, capsize=2.5, linewidth=1.6, zorder=3,
+        )  # fmt: skip
+    plot.set_xticks([0, 1], [effects.question.second.word(column) for column in columns])
+    plot.set_xlim(-0.3, 1.3)
+    plot.grid(axis="x", visible=False)
+
+
 SWEEPS: dict[str, tuple[str, Callable[[Row], float], tuple[str, ...]]] = {
     "blocks": ("trained vision blocks", n_blocks, (METHOD,)),
     "vit_lr": ("learning rate of the vision part", lambda row: _param(row, VIT_LR), (BLOCKS, METHOD, LORA_RANK)),
@@ -265,9 +303,8 @@ def sweep(ranking: Ranking, name: str) -> Figure | None:
     for text, points in lines.items():
         look = styles[text]
         found = [row.estimates[ranking.by] for row in points.values()]
-        errors = [0.0 if (error := _error(one)) is None else error for one in found]
         plot.errorbar(
-            [*points], [one.mean for one in found], yerr=errors, label=text, color=look.colour,
+            [*points], [one.mean for one in found], yerr=_errors(found), label=text, color=look.colour,
             linestyle=look.line, marker=look.marker, capsize=2.5, linewidth=1.2,
         )  # fmt: skip
     if name != "blocks":
@@ -294,9 +331,18 @@ def _one() -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure, plot: Axes) -> None:
+    """Below the plots, in as many columns as its longest name leaves room for; the figure grows with its rows."""
     handles, labels = plot.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), handlelength=3)
+    width, height = figure.get_size_inches()
+    columns = int(width / (0.55 + 0.062 * max(map(len, labels))))  # inches: a line with its gaps, a letter of 8 points
+    columns = max(1, min(3, len(labels), columns))
+    figure.set_size_inches(width, height + 0.17 * max(0, -(-len(labels) // columns) - 2))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3)
 
 
 def _error(estimate: Estimate) -> float | None:
     return None if np.isnan(estimate.half_width) else estimate.half_width
+
+
+def _errors(estimates: Sequence[Estimate]) -> list[float]:
+    return [0.0 if (error := _error(estimate)) is None else error for estimate in estimates]

@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis.curves import Curve
 from analysis.runs import Run
-from analysis.settings import differing, number, same
+from analysis.settings import AUGMENTATION, differing, number, same
 from analysis.statistics import Difference, Estimate, all_differences, estimate
 from trainer import names
 from trainer.config.problems import nearest
@@ -267,6 +267,9 @@ def direction(metric: str) -> str:
 _TOLD_SETTINGS = 3
 """So many settings stand in an arm's name; what else differs is counted there and told in the report."""
 
+_TOLD_AS = {AUGMENTATION: "augmentation"}
+"""Setting -> what it is called in an arm's name, where the end of its key does not say what it is of."""
+
 
 def arms(readings: Iterable[Reading]) -> dict[str, list[Reading]]:
     """Runs by strategy and source; where those were configured differently, by what differs as well."""
@@ -289,7 +292,8 @@ def arms(readings: Iterable[Reading]) -> dict[str, list[Reading]]:
 
 def _label(strategy: str, keys: Sequence[str], run: Run) -> str:
     """`last6_lora (lora_rank 8, vit_lr 0.0002)`."""
-    told = [f"{key.rpartition('.')[2]} {run.params.get(key, '-')[:40]}" for key in keys[:_TOLD_SETTINGS]]
+    named = [(_TOLD_AS.get(key, key.rpartition(".")[2]), run.params.get(key, "-")[:40]) for key in keys]
+    told = [f"{name} {value}" for name, value in named[:_TOLD_SETTINGS]]
     if len(keys) > _TOLD_SETTINGS:
         told.append(f"{len(keys) - _TOLD_SETTINGS} more")
     return f"{strategy} ({', '.join(told)})" if told else strategy

@@ -9,15 +9,15 @@ from typing import Any
 from analysis.advice import Recommendation, next_steps, recommendation
 from analysis.checks import Finding, careful_reading
 from analysis.comparison import AXES, Comparison, mean_at, round_points
-from analysis.effects import arm_by_domain, by_domain, depth_by_method
+from analysis.crossed import two_by_two
+from analysis.effects import QUESTIONS, arm_by_domain, by_domain, two_by_twos
 from analysis.page import code, plain, table
-from analysis.ranking import COST, LEARNED, LOSS, Ranking, Row
+from analysis.ranking import COST, LEARNED, LOSS, Ranking
 from analysis.records import OverRecords
 from analysis.reproduction import common, reproduce, short
 from analysis.settings import differing
-from analysis.statistics import Estimate
 from analysis.subject import subject_of
-from analysis.tables import NOTE, cell, columns_of, margin
+from analysis.tables import NOTE, cell, columns_of, effect, margin, plus_minus
 from analysis.verdict import verdict
 
 FIGURES = {
@@ -32,8 +32,14 @@ FIGURES = {
     "vit_lr": "The ranked metric against the vision learning rate, arms that differ in nothing else.",
     "rank": "The ranked metric against the LoRA rank, arms that differ in nothing else.",
     "domains": "Eval loss by domain, the lowest of each in bold; shade: how far above it.",
+    "method_by_noise": "The ranked metric without and with noise, a line a method, with 95 % intervals over seeds; "
+    "thin: single seeds. Where lines are not parallel, noise costs one method more; that is tested seed by seed, and "
+    "may be told where intervals overlap.",
 }
 """Figure of `plots.py` -> what it shows."""
+
+_FIGURES_OF = {"depth_by_method": ("blocks", "vit_lr", "rank")}
+"""Question -> figures in its section, where they are others than the one of its own name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,7 @@ def document(material: Material) -> str:
         _compared(ranking),
         _final(material),
         _curves(material),
-        _two_by_two(material),
+        _crossed(material),
         _domains(material),
         _certainty(material),
         _findings(findings),
@@ -159,46 +165,18 @@ def _curves(material: Material) -> Iterator[str]:
     yield ""
 
 
-def _two_by_two(material: Material) -> Iterator[str]:
+def _crossed(material: Material) -> Iterator[str]:
     ranking = material.ranking
-    effects = depth_by_method(ranking)
-    yield from ("## Depth and method", "")
-    yield from _figures(material, "blocks", "vit_lr", "rank")
-    if effects is None:
-        yield "No two depths were each trained with LoRA and fully: there is no 2x2 to take apart."
-        yield ""
-        return
-    few, many = effects.depths
-    yield from table(
-        ["vision blocks", "LoRA", "full"],
-        [[plain(depth), *(_mean(effects.cells[depth, method], ranking.by) for method in ("lora", "full"))]
-         for depth in effects.depths],
-    )  # fmt: skip
-    yield ""
-    yield from table(
-        ["effect on " + ranking.by, "", "95 % interval", "seeds"],
-        [
-            [name, *_estimate(found)]
-            for name, found in (
-                (f"depth: {plain(many)} minus {plain(few)}, mean of both methods", effects.depth),
-                ("method: full minus LoRA, mean of both depths", effects.method),
-                (
-                    f"interaction: what full adds at {plain(many)}, minus what it adds at {plain(few)}",
-                    effects.interaction,
-                ),
-            )
-        ],
-    )
-    yield ""
-    if effects.confounded:
-        header = ["differs as well", *(f"{plain(depth)}, {method}" for depth, method in effects.cells)]
-        yield (
-            "These effects are confounded: the cells differ in more than depth and method. They are the effects of the "
-            "configurations as a whole, unless arms with tuned rates and equal batches are compared."
-        )
-        yield ""
-        yield from table(header, [[code(key), *map(plain, values)] for key, values in effects.confounded.items()])
-        yield ""
+    for name, question in QUESTIONS.items():
+        found = two_by_twos(ranking, question)
+        if not found and not question.missing:
+            continue
+        yield from (f"## {question.title}", "")
+        yield from _figures(material, *_FIGURES_OF.get(name, (name,)))
+        if not found:
+            yield from (question.missing, "")
+        for effects in found:
+            yield from two_by_two(effects, ranking.by)
 
 
 def _domains(material: Material) -> Iterator[str]:
@@ -216,7 +194,7 @@ def _domains(material: Material) -> Iterator[str]:
         told = "yes" if result.ahead.distinguishable else "no" if result.ahead.method != "untested" else "too few seeds"
         if result.ahead.distinguishable and pair.mean < 0:
             told = "yes, but behind on the seeds that both have"
-        rows.append([plain(result.domain), plain(first), _plus_minus(result.losses[first]), plain(second),
+        rows.append([plain(result.domain), plain(first), plus_minus(result.losses[first]), plain(second),
                      f"{pair.mean:+.4f}", interval, told])  # fmt: skip
     yield from table(["domain", "lowest eval loss", "", "next", "ahead by", "95 % interval", "distinguishable"], rows)
     yield from (
@@ -244,7 +222,7 @@ def _certainty(material: Material) -> Iterator[str]:
     if tested:
         yield from table(
             ["second minus first", "difference", "95 % interval", "n", "p", "p, Holm", "test", "distinguishable"],
-            [[f"{plain(d.second)} - {plain(d.first)}", *_estimate(d.estimate), f"{d.p:.2g}", f"{d.p_adjusted:.2g}",
+            [[f"{plain(d.second)} - {plain(d.first)}", *effect(d.estimate), f"{d.p:.2g}", f"{d.p_adjusted:.2g}",
               d.method, "yes" if d.distinguishable else "no"] for d in tested],
         )  # fmt: skip
         yield ""
@@ -260,7 +238,7 @@ def _certainty(material: Material) -> Iterator[str]:
         winner = plain(ranking.rows[0].label)
         yield from table(
             [f"minus {winner}", "difference", "95 % interval", "records"],
-            [[plain(found.arm), *_estimate(found.difference)] for found in material.records],
+            [[plain(found.arm), *effect(found.difference)] for found in material.records],
         )
     else:
         yield "No two arms have losses of the same records; these are kept for the end and the best evaluation."
@@ -299,19 +277,6 @@ def _figures(material: Material, *wanted: str) -> Iterator[str]:
     for name in wanted:
         if name in material.figures:
             yield from (f"![{FIGURES[name]}](figures/{name}.png)", "", f"*{FIGURES[name]}*", "")
-
-
-def _mean(row: Row, key: str) -> str:
-    return _plus_minus(row.estimates[key])
-
-
-def _plus_minus(found: Estimate) -> str:
-    return f"{found.mean:.4f}" + ("" if math.isnan(found.half_width) else f" ± {found.half_width:.4f}")
-
-
-def _estimate(found: Estimate) -> list[str]:
-    interval = "-" if math.isnan(found.low) else f"{found.low:+.4f} to {found.high:+.4f}"
-    return [f"{found.mean:+.4f}", interval, str(found.n)]
 
 
 def _counted(number: int, what: str) -> str:

@@ -1,7 +1,7 @@
 """Params of runs as settings: which of them make an arm, when two values are the same, where runs differ."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 
 from analysis.runs import Run
@@ -10,6 +10,9 @@ from trainer.config.load import SHORT_NAMES
 
 BLOCKS, METHOD = "strategy.vision.blocks", "strategy.vision.method"
 SEED, VIT_LR, LORA_RANK = "training.seed", "training.vit_lr", "tuner.lora_rank"
+AUGMENTATION = "custom.augmentation.mode"
+_SWITCH = "custom.augmentation.enabled"
+"""On in every mode but `off`; of older runs, which have no mode, all that is known."""
 
 _MAKE_NO_ARM = (
     SEED, "training.run_name", "training.output_dir", "tracking.", "launch.", "data.dataloader_num_workers",
@@ -21,7 +24,7 @@ DERIVED = (
 )  # fmt: skip
 """Params that follow from the settings and are none themselves."""
 
-_FIRST = ("strategy.", "tuner.", "training.", "custom.augmentation.", "model.", "prompts.")
+_FIRST = ("strategy.", AUGMENTATION, "tuner.", "training.", "custom.augmentation.", "model.", "prompts.")
 
 _BOOLEANS = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
 
@@ -45,7 +48,23 @@ def differing(runs: Sequence[Run], *, derived: bool = False) -> list[str]:
     """
     keys = sorted({key for run in runs for key in run.params}, key=lambda key: (_section(key), key))
     wanted = [key for key in keys if is_setting(key) or (derived and key.startswith(DERIVED))]
+    wanted = [key for key in wanted if key != _SWITCH or any(AUGMENTATION not in run.params for run in runs)]
     return [key for key in wanted if len({same(run.params.get(key)) for run in runs}) > 1]
+
+
+def augmentation(params: Mapping[str, str]) -> str:
+    """`off`, or how training samples were changed: `clean` or `published_noisy`."""
+    mode = params.get(AUGMENTATION, "null")
+    if mode != "null":
+        return mode
+    return "clean" if same(params.get(_SWITCH)) == "true" else "off"
+
+
+def is_idle(key: str, params: Mapping[str, str]) -> bool:
+    """Whether a setting does nothing in a run: the switch beside a mode, and how to augment where nothing is."""
+    if key == _SWITCH:
+        return AUGMENTATION in params
+    return key.startswith("custom.augmentation.") and key != AUGMENTATION and augmentation(params) == "off"
 
 
 def _section(key: str) -> int:

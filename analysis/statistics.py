@@ -129,9 +129,25 @@ def all_differences(values: Mapping[str, Mapping[str, float]]) -> list[Differenc
     return [replace(pair, p_adjusted=p) for pair, p in zip(pairs, adjusted, strict=True)]
 
 
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """A weighted sum of strategies, and whether it is more than noise."""
+
+    estimate: Estimate
+    p: float
+    """Of the two-sided t test that it is 0; nan where there are too few seeds to test."""
+    p_adjusted: float = NAN
+    """After Holm's correction over all contrasts that answer the same kind of question."""
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether it is more than the seeds explain, at `FAMILY_ERROR` over all that were corrected together."""
+        return self.p_adjusted <= FAMILY_ERROR
+
+
 def contrast(
     weights: Mapping[str, float], values: Mapping[str, Mapping[str, float]], confidence: float = CONFIDENCE
-) -> Estimate:
+) -> Contrast:
     """A weighted sum of strategies, such as an effect in a factorial design, over the blocks that all of them have.
 
     Args:
@@ -140,14 +156,16 @@ def contrast(
         confidence: of the interval.
 
     Returns:
-        In the unit of the values. Where fewer than two blocks are shared, the sum of the means without an interval.
+        In the unit of the values, p not yet adjusted. Where fewer than two blocks are shared, the sum of the means
+        without an interval or a test.
     """
     known = {name: _finite(values[name]) for name in weights}
     shared = sorted(set.intersection(*({*of} for of in known.values())))
     if len(shared) >= 2:
-        return estimate([sum(w * known[name][block] for name, w in weights.items()) for block in shared], confidence)
+        sums = [sum(w * known[name][block] for name, w in weights.items()) for block in shared]
+        return Contrast(estimate(sums, confidence), _one_sample_p(sums))
     means = [w * float(np.mean([*known[name].values()])) if known[name] else NAN for name, w in weights.items()]
-    return Estimate(sum(means), NAN, NAN, min(len(of) for of in known.values()))
+    return Contrast(Estimate(sum(means), NAN, NAN, min(len(of) for of in known.values())), NAN)
 
 
 @dataclass(frozen=True, slots=True)

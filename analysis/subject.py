@@ -8,7 +8,7 @@ from typing import Any
 
 from analysis.ranking import STEP, Ranking, Row
 from analysis.runs import Run
-from analysis.settings import BLOCKS, LORA_RANK, METHOD, VIT_LR, number
+from analysis.settings import BLOCKS, LORA_RANK, METHOD, VIT_LR, augmentation, number
 from trainer import names
 
 NAN = math.nan
@@ -65,8 +65,8 @@ class Arm:
     """Of LoRA, as configured."""
     vit_lr: float = NAN
     stopped_early: bool = False
-    augmented: bool = False
-    """Whether it was trained on augmented images."""
+    augmentation: str = "off"
+    """How training samples were changed: off, clean or published_noisy."""
     after_the_end: Mapping[int, float] = field(default_factory=dict)
     """Step -> eval loss that a report gives for a step which the run has not come to."""
     facts: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -163,7 +163,7 @@ def _arm(row: Row, by: str, printed: Mapping[str, Any], *, at_end: bool) -> Arm:
         method=params.get(METHOD, ""),
         rank=params.get(LORA_RANK, ""),
         vit_lr=number(params.get(VIT_LR)),
-        augmented=params.get("custom.augmentation.enabled") == "true",
+        augmentation=augmentation(params),
         after_the_end={int(step): loss for step, loss in printed.get("after_the_end", {}).items()},
         facts=facts,
         gate=frozenset(run.tags.get(names.TAG_GATE, "") for run in runs),

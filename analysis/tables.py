@@ -13,11 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.checks import Finding, careful_reading
+from analysis.effects import QUESTIONS, two_by_twos
 from analysis.page import plain, table
 from analysis.ranking import COLUMNS, COST, LEARNED, LOSS, Column, Ranking, Row
 from analysis.statistics import Estimate
 from analysis.subject import subject_of
-from analysis.verdict import verdict
+from analysis.verdict import all_robustness, verdict
 
 NOTE = "Means over seeds ± half the 95 % interval (Student's t over seeds); where there is one seed, no interval."
 
@@ -30,6 +31,17 @@ def cell(estimate: Estimate, column: Column) -> str:
     if math.isnan(estimate.half_width) or estimate.half_width == 0:
         return mean
     return f"{mean} ± {estimate.half_width * column.scale:,.{column.digits}f}"
+
+
+def plus_minus(found: Estimate) -> str:
+    """A mean in full, with half its interval where it has one."""
+    return f"{found.mean:.4f}" + ("" if math.isnan(found.half_width) else f" ± {found.half_width:.4f}")
+
+
+def effect(found: Estimate) -> list[str]:
+    """Cells of a difference: `+0.0315`, `+0.0211 to +0.0418`, `5`."""
+    interval = "-" if math.isnan(found.low) else f"{found.low:+.4f} to {found.high:+.4f}"
+    return [f"{found.mean:+.4f}", interval, str(found.n)]
 
 
 def columns_of(ranking: Ranking) -> list[Column]:
@@ -119,8 +131,9 @@ def as_json(ranking: Ranking) -> str:
             }
             for d in ranking.differences
         ],
+        "interactions": [] if ranking.each else _interactions(ranking),
         "excluded": [{"run": run.id, "name": run.name, "reason": reason} for run, reason in ranking.excluded],
-        "verdict": verdict(ranking),
+        "verdict": [*verdict(ranking), *all_robustness(ranking)],
         "findings": [
             {"check": found.check, "text": found.text, "numbers": {k: _plain(v) for k, v in found.numbers.items()}}
             for found in _noticed(ranking)
@@ -129,12 +142,29 @@ def as_json(ranking: Ranking) -> str:
     return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
 
+def _interactions(ranking: Ranking) -> list[dict[str, Any]]:
+    """Every 2x2 of a ranking: its four arms, and how the effect of the second factor depends on the first."""
+    return [
+        {
+            "question": name,
+            "within": effects.within,
+            "arms": [row.label for row in effects.cells.values()],
+            **{f: _plain(getattr(effects.interaction.estimate, f)) for f in ("mean", "low", "high", "n")},
+            "p": _plain(effects.interaction.p),
+            "p_holm": _plain(effects.interaction.p_adjusted),
+            "distinguishable": effects.interaction.distinguishable,
+        }
+        for name, question in QUESTIONS.items()
+        for effects in two_by_twos(ranking, question)
+    ]
+
+
 FORMATS: dict[str, Callable[[Ranking], str]] = {"markdown": markdown, "csv": as_csv, "json": as_json}
 
 
 def footer(ranking: Ranking) -> list[str]:
     """The verdict, what the intervals are, and what was left out and why."""
-    lines = [*verdict(ranking), f"Ranked by {ranking.by}, read at {ranking.at}. {NOTE}"]
+    lines = [*verdict(ranking), *all_robustness(ranking), f"Ranked by {ranking.by}, read at {ranking.at}. {NOTE}"]
     if ranking.n_not_finite:
         lines.append(f"{ranking.n_not_finite} points of these curves are not finite numbers and count nowhere.")
     if len(ranking.rows) > 1 and (findings := _noticed(ranking)):

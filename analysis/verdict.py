@@ -4,8 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from analysis.effects import QUESTIONS, Effects, two_by_twos
 from analysis.ranking import Ranking, Row, direction
 from analysis.statistics import Difference
+from trainer import names
+
+_ON_TRAINING_SAMPLES = (names.TRAIN_LOSS, names.TRAIN_LOSS_SMOOTHED, names.GAP)
+"""Metrics that change with what is done to training samples, whatever was learned."""
 
 _LISTED = 8
 """So many names stand in a sentence; the rest is counted."""
@@ -70,6 +75,52 @@ def verdict(ranking: Ranking) -> list[str]:
     if rest:
         lines.append(f"Not distinguishable either: {listed(rest)}.")
     return lines
+
+
+def all_robustness(ranking: Ranking) -> list[str]:
+    """Which arms bear a disturbance better, a sentence for every 2x2 that was run; of rows that are runs nothing."""
+    found = [] if ranking.each else [e for q in QUESTIONS.values() if q.robustness for e in two_by_twos(ranking, q)]
+    return [f"{shared(effects)}{robustness(effects, ranking.by)}" for effects in found]
+
+
+def shared(effects: Effects) -> str:
+    """`Vision blocks last-6: `, what the four arms have in common; empty where nothing is asked to be."""
+    within = effects.question.within
+    return f"{within.header.capitalize()} {effects.within}: " if within else ""
+
+
+def robustness(effects: Effects, by: str) -> str:
+    """Which level of the first factor bears the second better: told where the interaction is more than seed noise.
+
+    Args:
+        effects: of a question of robustness.
+        by: the ranked metric.
+    """
+    (_, noise), found = effects.levels[1], effects.interaction
+    if by in _ON_TRAINING_SAMPLES:
+        return f"{by} is measured on the training samples as they were changed: it says nothing about robustness."
+    worse = 1 if direction(by) == "lower" else -1
+    spared, harmed = effects.levels[0]
+    sign = worse
+    if worse * found.estimate.mean < 0:
+        spared, harmed, sign = harmed, spared, -worse
+    one, other = (effects.question.first.word(level) for level in (spared, harmed))
+    if math.isnan(found.p):
+        return f"Which of {one} and {other} is more robust cannot be told: too few seeds were run in all four arms."
+    more = f"{abs(found.estimate.mean):.4f} more than"
+    low, high = sorted((sign * found.estimate.low, sign * found.estimate.high))
+    sure = (
+        f"(95 % interval {low:+.4f} to {high:+.4f}; p = {found.p_adjusted:.2g} after Holm, paired, "
+        f"n = {found.estimate.n})"
+    )
+    if not found.distinguishable:
+        return (
+            f"No difference in robustness could be told between {one} and {other}, {found.estimate.n} seeds: {noise} "
+            f"costs {other} {more} {one} {sure}."
+        )
+    if worse * effects.second_at[harmed].estimate.mean <= 0:
+        return f"{noise} harms neither of {one} and {other}: {one} gains {more} {other} {sure}."
+    return f"{one} is more robust than {other}: {noise} costs {other} {more} {one} {sure}."
 
 
 def listed(items: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from analysis.ranking import At, Reading, rank, read
 from analysis.runs import Run
 from analysis.subject import Arm, Subject, subject_of
 from tests.analysis.test_ranking import readings
+from tests.analysis.test_ranking import run as a_run
 
 NINE = {
     "overfitting": "within 29 % of the steps",
@@ -112,7 +113,7 @@ PLANTED: dict[str, Callable[[Subject], Subject]] = {
     "f1_disagrees": lambda s: with_arm(s, 2, f1=0.7),
     "does_not_look": lambda s: with_arm(s, 1, vision_gain=0.004),
     "rate_at_the_edge": lambda s: swept(s, (1e-4, 2e-4, 3e-4)),
-    "gap_under_augmentation": lambda s: with_arm(s, 2, augmented=True),
+    "gap_under_augmentation": lambda s: with_arm(s, 2, augmentation="clean"),
 }
 
 
@@ -170,6 +171,43 @@ def test_what_is_not_known_is_not_spoken_of() -> None:
     """Arms of which only the loss is known: one seed each, and no more can be said."""
     found = careful_reading(Subject([Arm("a", eval_loss=0.5), Arm("b", eval_loss=0.6)]))
     assert [finding.check for finding in found] == ["one_seed"]
+
+
+def augmented(*modes: str) -> str:
+    """What is said of the gaps of arms with these modes, the first the winner's."""
+    arms = [replace(arm, augmentation=mode) for arm, mode in zip(sound().arms, modes, strict=True)]
+    return " ".join(finding.text for finding in careful_reading(replace(sound(), arms=arms)))
+
+
+def test_gaps_of_arms_that_were_augmented_otherwise_are_said_not_to_be_comparable() -> None:
+    """Only where modes differ; the clean gap stays comparable; `off` is not augmented at all."""
+    text = augmented("clean", "published_noisy", "clean")
+    assert "first 0.1000, second 0.1000" in text and "clean: first, third; published_noisy: second" in text
+    assert (
+        "train loss and generalization_gap cannot be compared" in text and "generalization_gap_clean and eval" in text
+    )
+    assert "off: first" in augmented("off", "clean", "clean")
+    assert "first 0.1000" in augmented("clean", "clean", "clean")
+    assert "compared" not in augmented("clean", "clean", "clean")
+    assert augmented("off", "off", "off") == ""
+
+
+@pytest.mark.parametrize(
+    ("params", "mode"),
+    [
+        ({}, "off"),
+        ({"custom.augmentation.mode": "off", "custom.augmentation.enabled": "false"}, "off"),
+        ({"custom.augmentation.mode": "published_noisy", "custom.augmentation.enabled": "true"}, "published_noisy"),
+        ({"custom.augmentation.enabled": "true"}, "clean"),
+        ({"custom.augmentation.enabled": "True", "custom.augmentation.mode": "null"}, "clean"),
+        ({"custom.augmentation.enabled": "false"}, "off"),
+    ],
+)
+def test_how_runs_were_augmented_is_read_from_their_mode(params: dict[str, str], mode: str) -> None:
+    """Of older runs, from the switch."""
+    one = read(a_run(params=params), "eval/loss", At(), {})
+    assert isinstance(one, Reading)
+    assert subject_of(rank([one], "eval/loss", At())).arms[0].augmentation == mode
 
 
 def test_runs_are_read_as_reports_are() -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from analysis.effects import arm_by_domain, by_domain, depth_by_method
+from analysis.effects import QUESTIONS, Effects, arm_by_domain, by_domain, two_by_twos
 from analysis.ranking import At, Ranking, Reading, rank, read
 from analysis.statistics import estimate, holm
 from tests.analysis.test_ranking import run
@@ -25,6 +25,13 @@ def ranked(cells: dict[str, tuple[str, str, list[float]]], **params: dict[str, s
     return rank(found, LOSS, At())
 
 
+def depth_by_method(ranking: Ranking) -> Effects | None:
+    """The only 2x2 of depth and method that a ranking can hold."""
+    found = two_by_twos(ranking, QUESTIONS["depth_by_method"])
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
 FOUR = {
     "few_lora": ("last-6", "lora", [0.50, 0.52]),
     "few_full": ("last-6", "full", [0.54, 0.58]),
@@ -36,10 +43,11 @@ FOUR = {
 def test_effects_by_hand() -> None:
     """Depth by seed: (.60+.68-.50-.54)/2 = .12 and .10; method .06 and .08; interaction .08-.04 and .10-.06."""
     effects = depth_by_method(ranked(FOUR))
-    assert effects is not None and effects.depths == ("last-6", "all")
-    for found, by_seed in ((effects.depth, [0.12, 0.10]), (effects.method, [0.06, 0.08]),
-                           (effects.interaction, [0.04, 0.04])):  # fmt: skip
-        wanted = estimate(by_seed)
+    assert effects is not None and effects.levels == (("last-6", "all"), ("lora", "full"))
+    for effect, by_seed in ((effects.first, [0.12, 0.10]), (effects.second, [0.06, 0.08]),
+                            (effects.interaction, [0.04, 0.04]), (effects.first_at["full"], [0.14, 0.12]),
+                            (effects.second_at["all"], [0.08, 0.10])):  # fmt: skip
+        found, wanted = effect.estimate, estimate(by_seed)
         assert (found.mean, found.low, found.high, found.n) == pytest.approx(
             (wanted.mean, wanted.low, wanted.high, 2), abs=1e-12
         )
@@ -65,8 +73,8 @@ def test_of_three_depths_the_extremes_are_compared() -> None:
     effects = depth_by_method(
         ranked({**FOUR, "two_lora": ("last-2", "lora", [0.4]), "two_full": ("last-2", "full", [0.4])})
     )
-    assert effects is not None and effects.depths == ("last-2", "all")
-    assert math.isnan(effects.depth.low)  # one seed of some cells
+    assert effects is not None and effects.levels[0] == ("last-2", "all")
+    assert math.isnan(effects.first.estimate.low)  # one seed of some cells
 
 
 # --- domains ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from analysis.comparison import CURVES_NEEDED, Comparison, along, default_axis
 from analysis.curves import Curve, last_write_wins
-from analysis.plots import draw, looks, over_seeds, pareto, sweep
+from analysis.plots import curve_figure, draw, looks, over_seeds, pareto, sweep
 from analysis.ranking import At, Ranking, Reading, rank, read
 from analysis.tables import render
 from tests.analysis.test_ranking import run
@@ -97,6 +97,19 @@ def test_all_figures_that_can_be_drawn_are_written(tmp_path: Path) -> None:
     first = {path: path.with_suffix(".svg").read_bytes() for path in paths}
     assert {path: path.with_suffix(".svg").read_bytes() for path in draw(found, tmp_path, "samples")} == first
     assert all(b">a</text>" in text for path, text in first.items() if path.stem == "eval_loss")
+
+
+def test_long_names_stay_inside_the_figure(tmp_path: Path) -> None:
+    """Four arms named with their settings: fewer columns, more rows, nothing cut off."""
+    arms = [
+        f"last6_{method} (augmentation {mode})" for method in ("lora", "full") for mode in ("clean", "published_noisy")
+    ]
+    figure = curve_figure(comparison(dict.fromkeys(arms, 16)), "eval/loss", "eval loss", "steps")
+    assert figure is not None
+    figure.savefig(tmp_path / "figure.png")
+    (legend,) = figure.legends
+    box, whole = legend.get_window_extent(), figure.bbox
+    assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and len(legend.get_texts()) == 4
 
 
 def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:

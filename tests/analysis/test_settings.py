@@ -2,7 +2,7 @@
 
 import pytest
 
-from analysis.settings import differing, is_setting, same
+from analysis.settings import differing, is_idle, is_setting, same
 from tests.analysis.test_ranking import run
 
 
@@ -36,3 +36,22 @@ def test_where_runs_differ() -> None:
     ]  # fmt: skip
     assert differing(runs) == ["strategy.vision.blocks", "model.model"]
     assert differing(runs, derived=True) == ["strategy.vision.blocks", "model.model", "trainable_parameters/total"]
+
+
+def test_the_switch_of_augmentation_is_no_setting_beside_its_mode() -> None:
+    """`off` and `clean` differ in one setting; where one run has a switch only, that is what is known."""
+    off = run(params={"custom.augmentation.mode": "off", "custom.augmentation.enabled": "false"})
+    clean = run(params={"custom.augmentation.mode": "clean", "custom.augmentation.enabled": "true"})
+    assert differing([off, clean]) == ["custom.augmentation.mode"]
+    older = run(params={"custom.augmentation.enabled": "true"})
+    assert "custom.augmentation.enabled" in differing([off, older])
+
+
+@pytest.mark.parametrize(
+    ("key", "mode", "idle"),
+    [("enabled", "clean", True), ("ops", "clean", False), ("ops", "off", True), ("mode", "off", False)],
+)
+def test_what_does_nothing_in_a_run_is_known(key: str, mode: str, idle: bool) -> None:
+    """How to augment where nothing is augmented; a switch that the mode repeats."""
+    assert is_idle(f"custom.augmentation.{key}", {"custom.augmentation.mode": mode}) is idle
+    assert not is_idle("tuner.lora_rank", {"custom.augmentation.mode": mode})

@@ -199,9 +199,10 @@ def test_seeds_to_settle_are_as_many_as_give_the_power() -> None:
 
 
 def test_a_contrast_of_two_is_their_paired_difference() -> None:
-    """Weights 1 and -1: the same estimate, over the blocks that both have."""
+    """Weights 1 and -1: the same estimate and p, over the blocks that both have."""
     values = {"a": {"1": 0.5, "2": 0.6, "3": 0.7}, "b": {"1": 0.4, "2": 0.7, "4": 9.0}}
-    assert contrast({"b": 1, "a": -1}, values) == difference("a", "b", values).estimate
+    found, wanted = contrast({"b": 1, "a": -1}, values), difference("a", "b", values)
+    assert (found.estimate, found.p) == (wanted.estimate, wanted.p)
 
 
 def test_effects_of_a_2x2_by_hand() -> None:
@@ -213,14 +214,17 @@ def test_effects_of_a_2x2_by_hand() -> None:
         "d": {"1": 8.0, "2": 11.0},
     }
     main = contrast({"a": -0.5, "b": -0.5, "c": 0.5, "d": 0.5}, values)
-    assert main == estimate([4, 5])
-    assert contrast({"a": 1, "b": -1, "c": -1, "d": 1}, values) == estimate([4, 6])
+    assert main.estimate == estimate([4, 5])
+    found = contrast({"a": 1, "b": -1, "c": -1, "d": 1}, values)
+    assert found.estimate == estimate([4, 6])
+    assert found.p == pytest.approx(stats.ttest_1samp([4, 6], 0).pvalue)
 
 
 def test_a_contrast_without_two_shared_seeds_has_no_interval() -> None:
     """Means are subtracted; how sure that is, is not invented."""
     found = contrast({"a": -1, "b": 1}, {"a": {"1": 1.0, "2": 2.0}, "b": {"3": 4.0}})
-    assert (found.mean, found.n) == (2.5, 1) and math.isnan(found.low)
+    assert (found.estimate.mean, found.estimate.n) == (2.5, 1)
+    assert math.isnan(found.estimate.low) and math.isnan(found.p) and not found.distinguishable
 
 
 def test_the_interaction_is_that_of_a_linear_model() -> None:
