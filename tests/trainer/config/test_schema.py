@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from trainer.config.augmentation import PARAMS
 from trainer.config.compat import NO_EFFECT
 from trainer.config.fields import Section, section_of
 from trainer.config.messages import all_keys, field_of
 from trainer.config.parts import RAW_STRATEGY_KEYS
-from trainer.config.augmentation import PARAMS
 from trainer.config.schema import Config
 
 # Every key that existing files hold, by section.
@@ -38,14 +38,17 @@ def sections(model: type[Section] = Config) -> Iterator[type[Section]]:
             yield from sections(below)
 
 
-@pytest.mark.parametrize("section", [*sections(), *dict.fromkeys(PARAMS.values())], ids=lambda section: section.__name__)
+SECTIONS = [*sections(), *dict.fromkeys(PARAMS.values())]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
 def test_every_field_has_a_docstring(section: type[Section]) -> None:
     """The unit and meaning stand under each field."""
     for name, field in section.model_fields.items():
         assert field.description and len(field.description) > 5, name
 
 
-@pytest.mark.parametrize("section", [*sections(), *dict.fromkeys(PARAMS.values())], ids=lambda section: section.__name__)
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
 def test_every_section_is_frozen_and_closed(section: type[Section]) -> None:
     """No configuration object changes after loading, and none takes a key it does not know."""
     assert section.model_config["frozen"] and section.model_config["extra"] == "forbid"
