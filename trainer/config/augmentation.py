@@ -241,7 +241,7 @@ class Augmentation(Section):
     enabled: bool = False
     """The switch of existing files: true is `mode: clean`, or the mode that is given; null: as `mode` says."""
     mode: Mode = "off"
-    """null: as `enabled` says. off; clean: labels follow the pixels; published_noisy: no expansion, no crops, and labels
+    """null: as `enabled` says. off; clean: labels follow pixels; published_noisy: no expansion, no crops, and labels
     of what left the view stay at the edge, as in the published runs."""
     bypass_prob: Share = 0.0
     """Share of training samples left as they are."""
