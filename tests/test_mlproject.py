@@ -23,6 +23,7 @@ from trainer.config.load import load
 PROJECT = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
 ENTRY_POINTS: dict[str, dict[str, Any]] = PROJECT["entry_points"]
 STRATEGIES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml") if path.stem != "base")
+DATA = {"validate", "preview"}
 ANALYSIS = {"rank", "plot", "report", "promote", "import_published", "import_tensorboard"}
 EXPERIMENT = "X"
 
@@ -45,8 +46,8 @@ def mlflow_run(entry: str, parameters: dict[str, str], folder: Path, store: str)
 
 
 def test_every_experiment_file_has_an_entry_point_of_its_name() -> None:
-    """A new strategy is one YAML file and one entry; beside them are the general one, the base, the analysis."""
-    assert set(ENTRY_POINTS) == {"main", "pocket_base", *STRATEGIES, *ANALYSIS}
+    """A new strategy is one YAML file and one entry; beside them are the general one, data, the base, the analysis."""
+    assert set(ENTRY_POINTS) == {"main", *DATA, "pocket_base", *STRATEGIES, *ANALYSIS}
 
 
 def test_the_environment_is_that_of_conda_yaml() -> None:
@@ -124,6 +125,27 @@ def test_every_parameter_reaches_the_command(done: tuple[str, Path, subprocess.C
     assert config.custom.digits.train == 32 and config.tracking.generate_records == 0
     assert config.training.output_dir == str(folder / "out put")
     assert len(list((folder / "out put").glob("*/last/adapter_model.safetensors"))) == 1
+
+
+def test_an_existing_file_runs_through_main_with_its_own_launch_line(tmp_path: Path) -> None:
+    """`config`, `model`, and `gpus`, which is no parameter of the entry point, reach the command."""
+    store = empty_store(tmp_path)
+    parameters = {
+        "config": "tests/fixtures/existing/configs/all_full.yaml",
+        "model": "pocket",
+        "gpus": "0",
+        "max_steps": "2",
+        "output_dir": str(tmp_path / "out"),
+        "training.gradient_accumulation_steps": "1",
+        "deepspeed.enabled": "false",  # compiling a part of it takes half a minute
+        "tracking.generate_records": "0",
+    }
+    process = mlflow_run("main", parameters, tmp_path, store)
+    assert process.returncode == 0, process.stderr
+    (run,) = runs_in(store, EXPERIMENT)
+    assert run.data.tags["strategy"] == "all_full" and run.data.tags["training_gate"] == "passed"
+    assert (run.data.params["gpus"], run.data.params["launch.gpus"]) == ("0", "0")
+    assert "launch.gpus: there is no GPU here (-P)" in process.stderr
 
 
 def test_params_that_mlflow_logged_from_p_stay_and_ours_come_beside_them(

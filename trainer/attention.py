@@ -23,13 +23,18 @@ def attention_implementation(asked: str, dtype: torch.dtype) -> str:
 
     Args:
         asked: a name of transformers' own, or `auto`: varlen flash-attention for a bf16 base on a GPU that has it (it
-            computes in no wider format), else SDPA.
+            computes in no wider format), else SDPA. Without any GPU flash-attention is SDPA too: same result.
         dtype: of the base's weights.
     """
     if asked != "auto":
-        return asked
+        return "sdpa" if needs_missing_gpu(asked) else asked
     flash = dtype is torch.bfloat16 and torch.cuda.is_available() and is_flash_attn_2_available()
     return "flash_attention_2" if flash else "sdpa"
+
+
+def needs_missing_gpu(asked: str) -> bool:
+    """Whether an implementation runs on GPUs only, and this machine has none."""
+    return asked == "flash_attention_2" and not torch.cuda.is_available()
 
 
 def segment_lengths(places: Tensor) -> list[int]:

@@ -1,6 +1,6 @@
 """Turns sections of the configuration into the values and objects that everything below takes: where config stops."""
 
-import json
+import math
 import re
 import uuid
 from collections.abc import Sequence
@@ -10,22 +10,26 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import track
 
 from trainer import launch
 from trainer.budget import Budget, budget_from, schedule_from
-from trainer.config.problems import Problem, place, raise_if_any
+from trainer.config.problems import place
 from trainer.config.resolved import Resolved
 from trainer.config.schema import Config
 from trainer.config.zero import zero_settings
 from trainer.data.loader import SampleCache, SampleSet
 from trainer.data.template import Encoder
-from trainer.datasets import Data, check_lengths, make_encoder, mix_from, read_data
+from trainer.datasets import Data, check_first_epoch, check_lengths, make_encoder, mix_from, read_data
 from trainer.engine import Engine
 from trainer.errors import ConfigError
+from trainer.gpus import stand_ins
 from trainer.metrics import Meter
 from trainer.model import SupervisedLoss, Tools, TrainedTensor, load_tools, parameter_shapes
 from trainer.optim import Schedule
-from trainer.strategy import Lora, Method, ParameterPlan, Part, Strategy, Target, make_plan
+from trainer.raw_strategy import RawStrategy, raw_rules
+from trainer.strategy import Lora, Method, ParameterPlan, Part, Shapes, Strategy, Target, make_plan, plan_rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ class Prepared:
     zero: dict[str, Any] | None
     """DeepSpeed's settings; None where it is off."""
     no_effect: tuple[str, ...]
-    """A line for each of those settings that changes nothing here."""
+    """A line for each setting that changes nothing with this model, on this machine, or in DeepSpeed's settings."""
 
 
 def prepare(resolved: Resolved) -> Prepared:
@@ -54,19 +58,34 @@ def prepare(resolved: Resolved) -> Prepared:
     Raises:
         UserError: whatever is wrong with configuration, strategy, records or model folder.
     """
-    refuse_unbuilt(resolved)
     config = resolved.config
-    zero, no_effect = zero_from(resolved)
-    shapes = parameter_shapes(config.model.model)
-    plan = make_plan(strategy_from(config), shapes, origins=resolved.origins)
+    zero, of_zero = zero_from(resolved)
+    plan, of_plan = plan_from(resolved, parameter_shapes(config.model.model))
+    no_effect = (*of_zero, *of_plan, *stand_ins(resolved))
     data = read_data(config)
     tools = load_tools(config.model.model)
     encoder = make_encoder(config, tools, data.taxonomy)
     data = check_lengths(config, data, encoder)
     samples = SampleSet(data.train.records, encoder, mix_from(config, training=True), cache=SampleCache())
+    check_first_epoch(data.train.path, samples)
+    count_tokens(config, samples)
     budget = budget_from(config, samples)
     schedule = schedule_from(config, budget)
     return Prepared(arm_name(resolved), plan, tools, encoder, data, samples, budget, schedule, zero, no_effect)
+
+
+def count_tokens(config: Config, samples: SampleSet) -> None:
+    """Measure the samples of every epoch, which `samples` then remembers, with a progress bar.
+
+    Augmentation changes how many tokens they have, so how many packs there are, so the number of steps.
+    """
+    if samples.is_constant or config.pack_length is None or config.training.max_steps:
+        return
+    epochs = range(math.ceil(config.training.num_train_epochs))
+    console = Console(stderr=True, quiet=not launch.is_first())
+    what = "counting the tokens of each epoch"
+    for epoch in track(epochs, what, console=console, transient=True, disable=not console.is_terminal):
+        samples.lengths(epoch)
 
 
 def arm_name(resolved: Resolved) -> str:
@@ -86,7 +105,7 @@ def make_output_folder(parent: str, run_name: str) -> Path:
     Raises:
         ConfigError: it cannot be made.
     """
-    safe = re.sub(r"[^\w.+=-]+", "-", run_name).strip(".-") or "run"
+    safe = re.sub(r"[^\w.+=-]+", "-", run_name)[:150].strip(".-") or "run"  # a regular expression can be long
     folder = Path(parent) / f"{safe}-{uuid.uuid4().hex[:8]}"
     try:
         folder.mkdir(parents=True)
@@ -145,38 +164,41 @@ def make_engine(
     return ZeroEngine(accelerator, loss, optimizer, trained, max_grad_norm=config.training.max_grad_norm)
 
 
-def refuse_unbuilt(resolved: Resolved) -> None:
-    """Refuse settings that the schema knows and this version cannot do; better now than a run that ignores them.
+def plan_from(resolved: Resolved, shapes: Shapes) -> tuple[ParameterPlan, tuple[str, ...]]:
+    """The plan of the arm, in whichever form it is written, and a line for each part of it that changes nothing.
 
     Raises:
-        ConfigError: naming every such setting.
+        StrategyError: it cannot be resolved against the model.
     """
     config = resolved.config
-    unbuilt = {
-        **{f"tuner.{key}": (True, "a strategy section instead") for key in config.raw_strategy},
-    }
-    raise_if_any(
-        Problem(
-            place(resolved.origins[key], key),
-            json.dumps(resolved.params()[key]),
-            f"{allowed} (this version has nothing else yet)",
-            "write a strategy section" if key.startswith("tuner.") else f"override it: -P {key}={allowed}",
-        )
-        for key, (asked, allowed) in unbuilt.items()
-        if asked
+    if config.strategy is not None:
+        return make_plan(strategy_from(config), shapes, origins=resolved.origins), ()
+    tuner = config.tuner
+    raw = RawStrategy(
+        tuner.target_regex,
+        tuner.target_modules,
+        tuner.modules_to_save or (),
+        {Part.LLM: tuner.freeze_llm, Part.VISION: tuner.freeze_vit, Part.ALIGNER: tuner.freeze_aligner},
     )
+    rules, no_effect = raw_rules(raw, shapes, origins=resolved.origins)
+    return plan_rules(rules, shapes, lora_from(config)), no_effect
 
 
 def strategy_from(config: Config) -> Strategy:
-    """The arm that a configuration describes."""
-    assert config.strategy is not None  # noqa: S101  # refuse_unbuilt has seen to it
+    """The arm that a configuration describes in its `strategy` section."""
+    assert config.strategy is not None  # noqa: S101
     vision, aligner, llm = config.strategy.vision, config.strategy.aligner, config.strategy.llm
     return Strategy(
         vision=Target(vision.blocks, Method(vision.method)),
         aligner=Target("all", Method(aligner.method)),
         llm=Target(llm.layers, Method(llm.method)),
-        lora=Lora(config.tuner.lora_rank, config.tuner.lora_alpha, config.tuner.lora_dropout),
+        lora=lora_from(config),
     )
+
+
+def lora_from(config: Config) -> Lora:
+    """LoRA's numbers, common to both forms."""
+    return Lora(config.tuner.lora_rank, config.tuner.lora_alpha, config.tuner.lora_dropout)
 
 
 def computes_in_bf16(config: Config) -> bool:

@@ -108,10 +108,8 @@ class PlannedTensor:
     @property
     def module(self) -> str:
         """The module that PEFT wraps for it: the linear layer for LoRA, the whole block, layer or merger for full."""
-        if self.method is Method.FULL:
-            unit = _UNIT.fullmatch(self.name)
-            return unit.group(1) if unit else self.name.rpartition(".")[0]
-        return self.name.rpartition(".")[0]
+        unit = unit_of(self.name) if self.method is Method.FULL else None
+        return unit or self.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +167,12 @@ def part_of(name: str) -> Part:
         "parameters under model.visual, model.language_model or lm_head, as Qwen3-VL names them",
         "use a Qwen3-VL checkpoint",
     )
+
+
+def unit_of(name: str) -> str | None:
+    """The block, layer or merger that a parameter lies in, which PEFT copies as a whole; None outside of all."""
+    unit = _UNIT.fullmatch(name)
+    return unit.group(1) if unit else None
 
 
 def depth(shapes: Shapes, pattern: str) -> int:
@@ -284,11 +288,11 @@ def _check_whole_modules(tensors: Sequence[PlannedTensor]) -> None:
     """PEFT copies a fully trained module as a whole, so all of its tensors must be planned full."""
     full = {t.module for t in tensors if t.method is Method.FULL}
     for tensor in tensors:
-        unit = _UNIT.fullmatch(tensor.name)
-        if unit and unit.group(1) in full and tensor.method is not Method.FULL:
+        unit = unit_of(tensor.name)
+        if unit in full and tensor.method is not Method.FULL:
             raise StrategyError(
                 f"rule {tensor.rule} -> {tensor.method}",
-                f"{tensor.name} inside {unit.group(1)}, of which other tensors train in full",
+                f"{tensor.name} inside {unit}, of which other tensors train in full",
                 "a block, layer or merger that trains in full trains as a whole",
                 "choose full for the whole module, or LoRA for its linear layers",
             )

@@ -10,6 +10,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ARMS, shapes_of, strategy, tiny_batch, tiny_model
+from trainer.attention import PACKED_SDPA
 from trainer.errors import ModelError, TrainingStopped
 from trainer.model import (
     POCKET,
@@ -153,10 +154,17 @@ def test_a_checkpoint_with_missing_weights_is_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path / "base"), tools, dtype=torch.float32, attn_impl="sdpa", seed=0)
 
 
-def test_an_attention_that_is_not_installed_is_named() -> None:
-    """Not the model's folder, which is in order."""
+def test_an_attention_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the model's folder, which is in order; with a GPU, so that nothing may take its place."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ModelError, match=r"(?s)model\.attn_impl.*flash_attention_2"):
         load_model("pocket", load_tools("pocket"), dtype=torch.float32, attn_impl="flash_attention_2", seed=0)
+
+
+def test_without_a_gpu_sdpa_takes_the_place_of_flash_attention() -> None:
+    """Existing files name it, and are to run here too; samples of a pack stay blind to each other."""
+    model = load_model("pocket", load_tools("pocket"), dtype=torch.float32, attn_impl="flash_attention_2", seed=0)
+    assert model.config.text_config._attn_implementation == PACKED_SDPA
 
 
 def test_a_plan_that_counts_other_parameters_than_the_model_is_refused() -> None:

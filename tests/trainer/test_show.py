@@ -11,7 +11,6 @@ from rich.console import Console
 
 from trainer.config.load import load
 from trainer.data.digits import ensure_digits
-from trainer.errors import ConfigError
 from trainer.show import show_plan
 
 
@@ -73,9 +72,11 @@ def test_records_left_out_are_counted(tmp_path: Path) -> None:
     assert "3 training" in text
 
 
-def test_a_setting_that_is_not_built_is_refused_with_all_others(tmp_path: Path) -> None:
-    """Ignoring it would train something else than was asked."""
-    with pytest.raises(ConfigError) as told:
-        printed("last6_lora", custom__images_per_user_turn="2", custom__augmentation__enabled="true")
-    told_both = str(told.value)
-    assert "-P custom.images_per_user_turn" in told_both and "-P custom.augmentation.enabled" in told_both
+def test_what_changes_nothing_on_this_machine_or_model_is_printed_beside_the_settings() -> None:
+    """In an existing file: the attention that needs a GPU, and layers that this model does not have."""
+    theirs = str(Path(__file__).parents[1] / "fixtures" / "existing" / "configs" / "all_lora.yaml")
+    regex = r"language_model\.layers\.(35|36)\.mlp\.up_proj"
+    text = printed(theirs, model="pocket", training__max_steps="2", tuner__target_regex=regex)
+    assert "model.attn_impl: flash_attention_2 needs a GPU" in text
+    assert "tuner.target_regex: its alternatives '36' catch nothing more here (-P)" in text
+    assert r"model\.language_model\.layers\.(35)\.mlp\.up_proj\.weight" in text

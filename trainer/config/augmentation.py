@@ -1,24 +1,45 @@
 """Augmentation as configured: each operation with its typed parameters, and what happens to labels at an edge."""
 
-from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
+from typing import Annotated, Any, Generic, Literal, TypeGuard, TypeVar, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from trainer.config.fields import Count, CountOrZero, Impossible, Section, Share
+from trainer.config.fields import CountOrZero, Impossible, Section, Share
 
 Mode = Literal["off", "clean", "published_noisy"]
 """Not at all; labels follow the pixels; the fault of the published runs: labels stay when what they name has left."""
 
 
-def _ends(value: object) -> object:
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _around_one(value: object, *, most: float) -> object:
     """A range around 1 may be written as one number: 0.2 means 0.8 to 1.2."""
-    single = isinstance(value, int | float) and not isinstance(value, bool)
-    return (1 - value, 1 + value) if single else value  # type: ignore[operator]  # a number, as just seen
+    if not _is_number(value):
+        return value
+    if not 0 <= value <= most:
+        allowed = f"[low, high], or one number d of 0 to {most:g} for [1 - d, 1 + d]"
+        raise Impossible(f"{value:g}", allowed, f"write both ends; [{value:g}, {value:g}] is always this one")
+    return 1 - value, 1 + value
+
+
+def _ends(value: object) -> object:
+    return _around_one(value, most=1)
+
+
+def _positive_ends(value: object) -> object:
+    return _around_one(value, most=0.99)
 
 
 def _either_way(value: object) -> object:
     """A range around 0 may be written as one number: 20 means -20 to 20."""
-    return (-value, value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    return (-abs(value), abs(value)) if _is_number(value) else value
+
+
+def _twice(value: object) -> object:
+    """Two equal numbers may be written as one."""
+    return (value, value) if _is_number(value) else value
 
 
 def _in_order(ends: tuple[float, float]) -> tuple[float, float]:
@@ -32,13 +53,14 @@ _Degrees = Annotated[float, Field(ge=-360, le=360)]
 _Positive = Annotated[float, Field(gt=0, le=100)]
 _Factors = Annotated[tuple[_Factor, _Factor], Field(strict=False), BeforeValidator(_ends), AfterValidator(_in_order)]
 _Positives = Annotated[
-    tuple[_Positive, _Positive], Field(strict=False), BeforeValidator(_ends), AfterValidator(_in_order)
+    tuple[_Positive, _Positive], Field(strict=False), BeforeValidator(_positive_ends), AfterValidator(_in_order)
 ]
 _Turns = Annotated[
     tuple[_Degrees, _Degrees], Field(strict=False), BeforeValidator(_either_way), AfterValidator(_in_order)
 ]
-_Shares = Annotated[tuple[Share, Share], Field(strict=False), AfterValidator(_in_order)]
-_Tiles = Annotated[tuple[Count, Count], Field(strict=False)]
+_Shares = Annotated[tuple[Share, Share], Field(strict=False), BeforeValidator(_twice), AfterValidator(_in_order)]
+_Side = Annotated[int, Field(ge=1, le=256)]  # OpenCV takes a minute for thousands
+_Tiles = Annotated[tuple[_Side, _Side], Field(strict=False), BeforeValidator(_twice)]
 _Multiple = Annotated[int, Field(ge=1, le=4096)]
 
 
@@ -95,7 +117,7 @@ class Gamma(Params):
     """Values of 0 to 1 raised to a power."""
 
     gamma: _Positives = (0.8, 1.25)
-    """[low, high] of the exponent; below 1 is lighter."""
+    """[low, high] of the exponent, or one number d for [1 - d, 1 + d]; below 1 is lighter."""
 
 
 class Hsv(Params):
@@ -115,7 +137,7 @@ class Clahe(Params):
     clip_limit: _Positive = 2.0
     """Bound on the slope of a tile's equalization."""
     tile_grid_size: _Tiles = (8, 8)
-    """Columns and rows of tiles."""
+    """Columns and rows of tiles, or one number for both."""
 
 
 class AutoContrast(Params):
@@ -129,7 +151,7 @@ class Sharpness(Params):
     """Blurs below 1, sharpens above."""
 
     factor: _Factors = (0.5, 2.0)
-    """[low, high]."""
+    """[low, high], or one number d for [1 - d, 1 + d]."""
 
 
 class Solarize(Params):
@@ -176,7 +198,7 @@ class RandomCrop(Crop):
     """A part of the image, anywhere."""
 
     scale: _Shares = (0.6, 1.0)
-    """Share of the canvas's area, drawn evenly from [low, high]."""
+    """Share of the canvas's area, drawn evenly from [low, high]; one number: always this."""
     aspect_ratio: _Positives = (0.8, 1.25)
     """Width over height of the crop, as a factor on that of the canvas."""
 
@@ -203,7 +225,7 @@ class Op(Section, Generic[N, P]):
     @model_validator(mode="before")
     @classmethod
     def _params_may_be_left_out(cls, value: Any) -> Any:
-        return {"params": {}, **value} if isinstance(value, dict) and value.get("params", {}) is not None else value
+        return value if not isinstance(value, dict) or value.get("params") is not None else {**value, "params": {}}
 
 
 AugmentationOp = Annotated[

@@ -15,3 +15,6 @@ NO_EFFECT: dict[str, str] = {
 
 ONE_LENGTH_KNOB = "global_max_length takes its place"
 """Why `template.max_length` has no effect where both are given."""
+
+REGEX_DECIDES = "tuner.target_regex decides"
+"""Why `target_modules` and the parts that they are looked for in have no effect beside it."""

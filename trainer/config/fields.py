@@ -9,6 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 _SPAN = re.compile(r"all|none|last-[1-9]\d{0,3}|\d{1,4}-\d{1,4}|\d{1,4}(,\d{1,4})*", re.ASCII)
 _SPAN_ALLOWED = "all, none, last-N (N from 1), A-B (A <= B), or different numbers split by commas, such as 5,11,17"
 
+_GPUS = re.compile(r"\d{1,3}(,\d{1,3})*", re.ASCII)
+_GPUS_ALLOWED = "an index from 0, or different ones split by commas, such as 0,1"
+
 
 class Impossible(ValueError):
     """A value, or two values together, that no run can have; becomes one ConfigError with file and line."""
@@ -47,6 +50,18 @@ def _span(value: object) -> str:
     return ",".join(str(number) for number in numbers)
 
 
+def _gpus(value: object) -> str:
+    """Return GPU indices in their one text form, from what YAML made of them (`0` is a number there)."""
+    if isinstance(value, list | tuple) and all(type(item) is int for item in value):
+        value = ",".join(str(item) for item in value)
+    text = re.sub(r"\s+", "", str(value)) if isinstance(value, str) or type(value) is int else ""
+    numbers = [int(number) for number in text.split(",")] if _GPUS.fullmatch(text) else []
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise Impossible(repr(value)[:80], _GPUS_ALLOWED, "write 0, or 0,1 for two")
+    return ",".join(map(str, numbers))
+
+
+Gpus = Annotated[str, BeforeValidator(_gpus)]
 Span = Annotated[str, BeforeValidator(_span)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]

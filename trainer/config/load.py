@@ -11,7 +11,7 @@ from typing import get_args
 
 from pydantic import ValidationError
 
-from trainer.config.compat import NO_EFFECT, ONE_LENGTH_KNOB
+from trainer.config.compat import NO_EFFECT, ONE_LENGTH_KNOB, REGEX_DECIDES
 from trainer.config.fields import Section, section_of
 from trainer.config.messages import field_of, from_pydantic, unknown_key
 from trainer.config.parts import RAW_STRATEGY_KEYS
@@ -41,6 +41,7 @@ SHORT_NAMES: dict[str, str] = {
     "num_train_epochs": "training.num_train_epochs",
     "output_dir": "training.output_dir",
     "run_name": "training.run_name",
+    "gpus": "launch.gpus",
 }
 """What may be given as `-P seed=3` instead of `-P training.seed=3`."""
 
@@ -85,6 +86,7 @@ def load(config: str | Path, *, profile: str | None = None, overrides: Mapping[s
     root = _with_found_paths(root, [*chain, *profile_chain], path.parent, found)
     checked = _validated(root, found)
     _note_unused_length(root, shown_path(base), found)
+    _note_unused_selection(root, found)
     warnings = [warning for source in [*chain, *profile_chain] for warning in source.warnings]
     tree = checked.model_dump(mode="json")
     return Resolved(
@@ -289,6 +291,16 @@ def _note_unused_length(root: Node, base: str, found: _Findings) -> None:
     default = Config.model_fields["template"].default.max_length
     if length.value not in (one_knob.value, default) and not length.origin.startswith(base + ":"):
         found.no_effect[f"template.max_length: {ONE_LENGTH_KNOB}"] = length.origin
+
+
+def _note_unused_selection(root: Node, found: _Findings) -> None:
+    """Note the keys that choose modules for LoRA where `tuner.target_regex` has chosen them."""
+    tuner = root.find(("tuner",)).children or {}
+    if "target_regex" not in tuner or not tuner["target_regex"].value:
+        return
+    for key in ("target_modules", "freeze_llm", "freeze_vit", "freeze_aligner"):
+        if key in tuner and tuner[key].value is not None:
+            found.no_effect[f"tuner.{key}: {REGEX_DECIDES}"] = tuner[key].origin
 
 
 def _origin(root: Node, key: str) -> str:

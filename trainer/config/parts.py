@@ -20,17 +20,17 @@ class Tuner(Section):
     train_type: Literal["lora"] = "lora"
     """Everything goes through PEFT: adapters, and whole copies beside them."""
     freeze_llm: bool | None = None
-    """Raw form: true leaves the language model as it is; null: not said."""
+    """Raw form: true keeps `target_modules` out of the language model; null: false."""
     freeze_vit: bool | None = None
-    """Raw form: true leaves the vision blocks as they are; null: not said."""
+    """Raw form: true keeps `target_modules` out of the vision tower; null: true."""
     freeze_aligner: bool | None = None
-    """Raw form: true leaves both kinds of merger as they are; null: not said."""
+    """Raw form: true keeps `target_modules` out of both kinds of merger; null: true."""
     target_modules: Names | None = None
-    """Raw form: names of the modules that get LoRA, or `all-linear`; null: not said."""
+    """Raw form: last names of linear layers that get LoRA, or `all-linear`, in parts that are not frozen; null: all."""
     target_regex: str | None = None
-    """Raw form: regular expression that matches the full names of the modules that get LoRA; null: not said."""
+    """Raw form: regular expression for full names of linear layers that get LoRA; null: `target_modules` decides."""
     modules_to_save: Names | None = None
-    """Raw form: full names of the modules that are fine-tuned whole; null: not said."""
+    """Raw form: full names of the modules that are fine-tuned whole; null: none."""
     lora_rank: Annotated[int, Field(ge=1, le=4096)] = 16
     """Rank of each LoRA pair."""
     lora_alpha: Annotated[float, Field(gt=0, le=10**6)] = 32.0

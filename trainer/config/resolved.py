@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -31,6 +31,25 @@ class Resolved:
     """One line for each thing that is legal and probably not meant (a key written twice)."""
     tree: dict[str, Plain]
     """The configuration as plain maps, lists and values."""
+
+    def with_value(self, section: str, key: str, value: Plain, origin: str) -> "Resolved":
+        """Return the same configuration with one value that was found out later.
+
+        Args:
+            section: a section of the top level.
+            key: a key of it.
+            value: already of the schema's type.
+            origin: where it follows from.
+        """
+        part = getattr(self.config, section).model_copy(update={key: value})
+        below = self.tree[section]
+        assert isinstance(below, dict)  # noqa: S101
+        return replace(
+            self,
+            config=self.config.model_copy(update={section: part}),
+            origins={**self.origins, f"{section}.{key}": origin},
+            tree={**self.tree, section: {**below, key: value}},
+        )
 
     def lines(self) -> list[str]:
         """Return one line a value, `training.vit_lr: 0.00012   # experiments/last6_lora.yaml:14`, in schema order."""

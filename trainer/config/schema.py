@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from trainer.config.augmentation import Augmentation
-from trainer.config.fields import Count, CountOrZero, Impossible, Pixels, Rate, Section, Share
+from trainer.config.fields import Count, CountOrZero, Gpus, Impossible, Pixels, Rate, Section, Share
 from trainer.config.parts import RAW_STRATEGY_KEYS, Strategy, Tuner
 
 
@@ -215,7 +215,9 @@ class Launch(Section):
     """How many processes train together."""
 
     nproc: Count = 1
-    """Ranks on this machine."""
+    """Ranks on this machine; as many as `gpus` names where that is given and this is not."""
+    gpus: Gpus | None = None
+    """Which GPUs of this machine are used: an index, or several split by commas; null: all that are visible."""
 
 
 class Tracking(Section):
@@ -231,6 +233,8 @@ class Tracking(Section):
     """Validation records for which answers are generated and scored (`eval/f1` ...); 0: none; null: all of them."""
     generate_batch_size: Count = 16
     """Records captioned at once by one rank."""
+    preview_records: CountOrZero = 4
+    """Training records on the sheet that is logged when a run starts, as on disk and in two epochs; 0: no sheet."""
     smoothing_weight: Annotated[float, Field(ge=0, lt=1)] = 0.6
     """Weight of the past in the smoothed losses, as in TensorBoard."""
 

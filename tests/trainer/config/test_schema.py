@@ -172,6 +172,42 @@ def test_impossible_combinations_are_refused(fails, text: str, where: str) -> No
     assert fails(text).startswith(f"their.yaml:1: {where}\n")
 
 
+@pytest.mark.parametrize(
+    ("op", "expected"),
+    [
+        ("{name: rotate, params: }", {"max_deg": 10}),
+        ("{name: color_jitter, params: {brightness: 0.2}}", {"brightness": (0.8, 1.2)}),
+        ("{name: color_jitter, params: {brightness: 1}}", {"brightness": (0, 2)}),
+        ("{name: hsv, params: {hue_delta_deg: -8}}", {"hue_delta_deg": (-8, 8)}),
+        ("{name: random_crop, params: {scale: 0.8}}", {"scale": (0.8, 0.8)}),
+        ("{name: clahe, params: {tile_grid_size: 4}}", {"tile_grid_size": (4, 4)}),
+    ],
+)
+def test_an_operation_may_be_written_short(loaded, op: str, expected: dict[str, object]) -> None:
+    """No parameters, and one number in the place of two."""
+    (found,) = loaded(f"custom: {{augmentation: {{ops: [{op}]}}}}").config.custom.augmentation.ops
+    assert {key: getattr(found.params, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("op", "where", "got", "allowed"),
+    [
+        ("{name: sharpness, params: {factor: 1.5}}", "factor", "1.5", "one number d"),
+        ("{name: gamma, params: {gamma: 2}}", "gamma", "2", "one number d"),
+        ("{name: gamma, params: {gamma: 1}}", "gamma", "1", "one number d"),
+        ("{name: random_crop, params: {aspect_ratio: 1.0}}", "aspect_ratio", "1", "one number d"),
+        ("{name: clahe, params: {tile_grid_size: [9999, 8]}}", "tile_grid_size[0]", "9999", "at most 256"),
+    ],
+)
+def test_a_number_that_cannot_stand_for_a_range_is_told_as_it_is_written(
+    fails, op: str, where: str, got: str, allowed: str
+) -> None:
+    """Not as an end of a range that nobody wrote."""
+    told = fails(f"custom: {{augmentation: {{ops: [{op}]}}}}")
+    assert told.startswith(f"their.yaml:1: custom.augmentation.ops[0].params.{where}\n")
+    assert f"got:     {got}\n" in told and allowed in told
+
+
 def test_the_floor_may_equal_the_lowest_peak(loaded) -> None:
     """A flat schedule after warm-up is legal."""
     assert loaded("training: {lr_scheduler_kwargs: {min_lr: 1e-4}}").config.training.lr_scheduler_kwargs.min_lr == 1e-4
