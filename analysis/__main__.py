@@ -59,18 +59,21 @@ _axis = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+_HELP = """
+\b
+python -m analysis rank                       every run with a strategy, seeds pooled
+python -m analysis rank --at samples=1000     at equal samples, where accumulation differs
+python -m analysis report                     report.md and report.html, also in MLflow
+python -m analysis promote                    the winner's checkpoint into the Model Registry
+python -m analysis import_published           the comparison that started this, as MLflow runs
+"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_HELP)
 def cli() -> None:
-    r"""Compare what was trained: rank strategies and say how sure that is.
+    """Compare what was trained: rank strategies and say how sure that is.
 
     The MLflow store is that of MLFLOW_TRACKING_URI, by default sqlite:///mlflow.db.
-
-    \b
-    python -m analysis rank                       every run with a strategy, seeds pooled
-    python -m analysis rank --at samples=1000     at equal samples, where accumulation differs
-    python -m analysis report                     report.md and report.html, also in MLflow
-    python -m analysis promote                    the winner's checkpoint into the Model Registry
-    python -m analysis import_published           the comparison that started this, as MLflow runs
     """
 
 

@@ -1,5 +1,6 @@
 """Ranks strategies: columns pooled over seeds, margins over the winner, which differences are more than noise."""
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -267,6 +268,9 @@ def direction(metric: str) -> str:
 _TOLD_SETTINGS = 3
 """So many settings stand in an arm's name; what else differs is counted there and told in the report."""
 
+_LONGEST_VALUE = 40
+"""Letters of a value that stands in an arm's name as it is."""
+
 _TOLD_AS = {AUGMENTATION: "augmentation"}
 """Setting -> what it is called in an arm's name, where the end of its key does not say what it is of."""
 
@@ -292,11 +296,16 @@ def arms(readings: Iterable[Reading]) -> dict[str, list[Reading]]:
 
 def _label(strategy: str, keys: Sequence[str], run: Run) -> str:
     """`last6_lora (lora_rank 8, vit_lr 0.0002)`."""
-    named = [(_TOLD_AS.get(key, key.rpartition(".")[2]), run.params.get(key, "-")[:40]) for key in keys]
+    named = [(_TOLD_AS.get(key, key.rpartition(".")[2]), _short(run.params.get(key, "-"))) for key in keys]
     told = [f"{name} {value}" for name, value in named[:_TOLD_SETTINGS]]
     if len(keys) > _TOLD_SETTINGS:
         told.append(f"{len(keys) - _TOLD_SETTINGS} more")
     return f"{strategy} ({', '.join(told)})" if told else strategy
+
+
+def _short(value: str) -> str:
+    """A value as part of a label; a long one (a list of operations, a path) by four letters that stand for it."""
+    return value if len(value) <= _LONGEST_VALUE else "~" + hashlib.blake2b(value.encode(), digest_size=2).hexdigest()
 
 
 def without_repeats(groups: Mapping[str, list[Reading]]) -> tuple[dict[str, list[Reading]], list[tuple[Run, str]]]:

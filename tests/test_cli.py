@@ -58,10 +58,6 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["last6_lora", "--deepspeed.enabled", "true", "--deepspeed.config", "zero3"],
         ["deepspeed.config", "zero2", "did you mean"],
     ),
-    "a setting that is not built": (
-        ["last6_lora", "--custom.images_per_user_turn", "2"],
-        ["custom.images_per_user_turn", "1"],
-    ),
     "a file store": (["last6_lora"], ["MLFLOW_TRACKING_URI", "file store"]),
     "an output folder that is a file": (["last6_lora", "--output_dir", "taken"], ["taken"]),
 }  # fmt: skip
@@ -111,13 +107,16 @@ def test_a_malformed_command_line_is_told_with_status_2(arguments: list[str], tm
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["plan"], ["pocket-base"]], ids=lambda c: " ".join(c) or "trainer")
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["plan"], ["validate"], ["preview"], ["convert"], ["pocket-base"]],
+    ids=lambda c: " ".join(c) or "trainer",
+)
 def test_help_of_every_command(command: list[str], tmp_path: Path) -> None:
     """Within a second or two: nothing heavy is imported for it."""
     done = trainer(*command, "--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.startswith(f"Usage: python -m trainer{''.join(' ' + word for word in command)} ")
-    if command in (["run"], ["plan"]):
+    if command in (["run"], ["plan"], ["validate"], ["preview"]):
         for option in ("--profile", "--model", "--train_jsonl", "--val_jsonl", "--seed", "--max_steps", "--output_dir"):
             assert option in done.stdout
         assert "--training.num_train_epochs 3" in done.stdout
@@ -127,14 +126,15 @@ def test_mistakes_and_help_import_neither_torch_nor_mlflow() -> None:
     """So that they answer at once."""
     script = (
         "import sys; from trainer.__main__ import main\n"
-        "for arguments in (['--help'], ['run', 'nope'], ['plan', 'last6_lora', '--tuner.lora_rank', '0']):\n"
+        "plan = ['plan', 'last6_lora', '--tuner.lora_rank', '0']\n"
+        "for arguments in (['--help'], ['run', 'nope'], plan, ['convert', 'nope', '--to', 'nope.jsonl']):\n"
         "    sys.argv[1:] = arguments\n"
         "    try: main()\n"
         "    except SystemExit as error: print(error.code)\n"
         "assert not {'torch', 'mlflow', 'transformers'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert re.findall(r"^\d$", done.stdout, re.MULTILINE) == ["0", "2", "2"]
+    assert re.findall(r"^\d$", done.stdout, re.MULTILINE) == ["0", "2", "2", "2"]
 
 
 def test_a_mistake_closes_the_run_that_was_made_for_us(tmp_path: Path) -> None:

@@ -46,10 +46,10 @@ class Budget:
         return tuple(end for end in ends if end <= self.total_steps)
 
 
-def budget_from(config: Config, samples: Samples) -> Budget:
-    """Steps and packs of a run over these samples."""
+def step_plan_from(config: Config, samples: Samples) -> StepPlan:
+    """Which of these samples every step of a run holds."""
     training = config.training
-    plan = StepPlan(
+    return StepPlan(
         samples=samples,
         seed=training.seed,
         micro_batch=training.per_device_train_batch_size,
@@ -57,6 +57,11 @@ def budget_from(config: Config, samples: Samples) -> Budget:
         ranks=config.launch.nproc,
         capacity=config.pack_length,
     )
+
+
+def budget_from(config: Config, samples: Samples) -> Budget:
+    """Steps and packs of a run over these samples."""
+    training, plan = config.training, step_plan_from(config, samples)
     total = training.max_steps or plan.last_steps(training.num_train_epochs)[-1]
     # rounded up, but not for the last bit of a float product: 0.07 * 100 is 7, not 8
     return Budget(plan, total, math.ceil(round(training.warmup_ratio * total, 9)))

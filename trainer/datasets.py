@@ -48,11 +48,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vision-tower-experiments"
 
 
-def read_data(config: Config) -> Data:
-    """Read and validate all records; the built-in digits where no file is given.
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where the data of one run lie."""
+
+    train: Path
+    val: Path
+    ood: Path | None
+    taxonomy: Path | None
+
+    def sets(self) -> dict[str, Path]:
+        """`train`, `val` and, where there is one, `ood`."""
+        return {"train": self.train, "val": self.val} | ({"ood": self.ood} if self.ood is not None else {})
+
+
+def files_from(config: Config) -> Files:
+    """The files that a configuration names; where it names none, the built-in digits, made if they are not there yet.
 
     Raises:
-        DataError: naming every bad record.
+        DataError: the digits cannot be written.
     """
     custom, digits = config.custom, config.custom.digits
     train, val, ood, taxonomy = custom.train_jsonl, custom.val_jsonl, custom.ood_jsonl, custom.taxonomy
@@ -70,27 +84,45 @@ def read_data(config: Config) -> Data:
             ) from None
         train, val, taxonomy = str(paths.train), str(paths.val), taxonomy or str(paths.taxonomy)
         ood = str(paths.ood) if digits.ood else None
+    return Files(Path(train), Path(val), Path(ood) if ood else None, Path(taxonomy) if taxonomy else None)
 
-    def read(path: str) -> RecordSet:
-        found = read_records(
-            Path(path), on_bad_record=custom.on_bad_record, allow_outside_root=custom.allow_outside_root
-        )
+
+def read_data(config: Config) -> Data:
+    """Read and validate all records; the built-in digits where no file is given.
+
+    Raises:
+        DataError: naming every bad record.
+    """
+    custom, files = config.custom, files_from(config)
+
+    def read(path: Path) -> RecordSet:
+        found = read_records(path, on_bad_record=custom.on_bad_record, allow_outside_root=custom.allow_outside_root)
         return replace(found, records=spread(found.records, custom.max_records))
 
     data = Data(
-        train=read(train),
-        val=read(val),
-        ood=read(ood) if ood else None,
-        taxonomy=Taxonomy.read(Path(taxonomy)) if taxonomy else None,
+        train=read(files.train),
+        val=read(files.val),
+        ood=read(files.ood) if files.ood else None,
+        taxonomy=Taxonomy.read(files.taxonomy) if files.taxonomy else None,
     )
-    if custom.summary_ratio and not any(record.images[0].summary for record in data.train.records):
+    check_summaries(config, data.train.path, data.train.records)
+    return data
+
+
+def check_summaries(config: Config, path: Path, train: Sequence[Record]) -> None:
+    """Hold `custom.summary_ratio` against the training records.
+
+    Raises:
+        DataError: summaries are to be trained, and there are none.
+    """
+    ratio = config.custom.summary_ratio
+    if ratio and not any(record.images[0].summary for record in train):
         raise DataError(
-            f"custom.summary_ratio {custom.summary_ratio:g}",
-            f"no record of {data.train.path} has a summary",
+            f"custom.summary_ratio {ratio:g}",
+            f"no record of {path} has a summary",
             "records with a `summary`, or custom.summary_ratio 0",
             "add summaries, or set custom.summary_ratio to 0",
         )
-    return data
 
 
 def mix_from(config: Config, *, training: bool) -> Mix:
@@ -143,13 +175,27 @@ def check_lengths(config: Config, data: Data, encoder: Encoder) -> Data:
     Raises:
         DataError: naming every record that cannot, unless bad records are skipped.
     """
-    skip = config.custom.on_bad_record
-    return replace(
-        data,
-        train=loader.check_lengths(data.train, encoder, on_bad_record=skip),
-        val=loader.check_lengths(data.val, encoder, on_bad_record=skip),
-        ood=data.ood and loader.check_lengths(data.ood, encoder, on_bad_record=skip),
+    custom = config.custom
+    check = partial(
+        loader.check_lengths, encoder=encoder, on_bad_record=custom.on_bad_record, summary_ratio=custom.summary_ratio
     )
+    return replace(data, train=check(data.train), val=check(data.val), ood=data.ood and check(data.ood))
+
+
+def check_first_epoch(path: Path, samples: SampleSet) -> None:
+    """Refuse weights so small that training would begin with an epoch of nothing.
+
+    Raises:
+        DataError: the first epoch has no sample.
+    """
+    if not samples.count(0):
+        total = sum(record.weight for record in samples.records)
+        raise DataError(
+            f"{path}",
+            f"no sample in the first epoch: {len(samples.records)} records with weights of {total:g} in all",
+            "weights that make some samples an epoch",
+            "raise the weights; only their ratios change what is learned from which record",
+        )
 
 
 def eval_sets_from(

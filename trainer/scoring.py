@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from trainer.data.answer import ParsedObject
 from trainer.data.geometry import Box, bounding_box, iou
+from trainer.data.records import object_type
 
 IOU_THRESHOLD = 0.5
 
@@ -73,11 +74,6 @@ def score_image(predicted: Sequence[ParsedObject], true: Sequence[ParsedObject])
         located_with_type=sum(object_type(predicted[p].desc) == object_type(true[t].desc) for p, t in located),
         attribute_f1_sum=sum(_attribute_f1(predicted[p].desc, true[t].desc) for p, t in typed),
     )
-
-
-def object_type(desc: str) -> str:
-    """The type of an object: the first element of its slash-separated `desc`."""
-    return desc.split("/", 1)[0].strip()
 
 
 def attributes(desc: str) -> frozenset[str]:

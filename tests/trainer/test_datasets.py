@@ -5,15 +5,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.conftest import PAD_ID, MakeParts, tiny_samples
+from trainer.build import prepare
+from trainer.config.load import load
 from trainer.config.schema import Config
+from trainer.data.augment import Chain, Rules, Step
+from trainer.data.digits import ensure_digits
 from trainer.data.exchange import exchange_images
+from trainer.data.loader import SampleCache, SampleSet
 from trainer.data.records import Record
-from trainer.datasets import exchanged_batches, read_data, spread
+from trainer.datasets import (
+    chain_from,
+    check_lengths,
+    eval_sets_from,
+    exchanged_batches,
+    make_encoder,
+    mix_from,
+    read_data,
+    spread,
+    to_caption,
+)
 from trainer.errors import DataError
 from trainer.loop import evaluate
+from trainer.model import load_tools
 
 
 def records(count: int) -> tuple[Record, ...]:
@@ -57,3 +74,66 @@ def test_images_outside_a_files_folder_are_read_only_where_the_configuration_all
         read_data(Config.model_validate({"custom": custom}))
     data = read_data(Config.model_validate({"custom": custom | {"allow_outside_root": True}}))
     assert [len(found.records) for found in data.sets().values()] == [1, 1, 1]
+
+
+def test_nothing_that_is_measured_is_augmented_whatever_training_does(tmp_path: Path) -> None:
+    """Eval, probe, out-of-domain and exchanged batches, and what is captioned: bit for bit as without augmentation."""
+    paths = ensure_digits(tmp_path, seed=17, n_train=4, n_val=4, n_ood=4)
+    custom = {"train_jsonl": str(paths.train), "val_jsonl": str(paths.val), "ood_jsonl": str(paths.ood)}
+    ops = [{"name": name, "params": {"prob": 1.0}} for name in ("hflip", "random_crop", "gamma")]
+    measured = []
+    for mode in ("off", "clean", "published_noisy"):
+        own = custom | {"augmentation": {"mode": mode, "ops": ops}}
+        config = Config.model_validate({"model": {"model": "pocket"}, "prompts": {"language": "en"}, "custom": own})
+        encoder = make_encoder(config, load_tools("pocket"), None)
+        data = check_lengths(config, read_data(config), encoder)
+        cache = SampleCache()
+        training = SampleSet(data.train.records, encoder, mix_from(config, training=True), cache=cache)
+        shown = [training[0, place].pixel_values for place in range(4)]  # first, so that a shared cache would show it
+        sets = eval_sets_from(config, data, encoder, cache, rank=0, ranks=1)
+        batches = {name: [batch.model_inputs() for batch in each.batches()] for name, each in sets.items()}
+        measured.append((shown, batches, to_caption(config, data, encoder)))
+    (plain, expected, captioned), *augmented = measured
+    assert {"eval", "probe", "ood"} < {*expected}
+    for shown, batches, captions in augmented:
+        assert all(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(shown, plain, strict=True))
+        assert captions == captioned
+        assert batches.keys() == expected.keys()
+        for name, of_set in batches.items():
+            for batch, other in zip(of_set, expected[name], strict=True):
+                assert all(torch.equal(value, other[key]) for key, value in batch.items()), name
+
+
+def test_weights_that_leave_an_epoch_empty_are_refused(tmp_path: Path) -> None:
+    """A run of no steps, or none at first, is nothing that anybody means: said before anything starts."""
+    Image.new("RGB", (96, 96)).save(tmp_path / "a.png")
+    record = {"images": ["a.png"], "width": 96, "height": 96, "objects": [{"bbox_2d": [1, 1, 50, 50], "desc": "a"}]}
+    for weight, good in ((0.001, False), (1, True)):
+        path = tmp_path / f"{weight}.jsonl"
+        path.write_text(json.dumps(record | {"weight": weight}) + "\n", encoding="utf-8")
+        files = {"train_jsonl": str(path), "val_jsonl": str(path)}
+        resolved = load("last6_lora", overrides=files)
+        if good:
+            assert prepare(resolved).budget.total_steps == 4
+            continue
+        with pytest.raises(DataError, match=r"0\.001\.jsonl(.|\n)*weights of 0\.001 in all"):
+            prepare(resolved)
+
+
+def test_the_chain_is_the_configured_one() -> None:
+    """Operations in order with their parameters, the bounds at an edge, the words, and the fault of published runs."""
+    settings: dict[str, Any] = {"min_coverage": 0.4, "completeness_threshold": 0.8, "turned_boxes": "bbox_2d"}
+    settings |= {"bypass_prob": 0.25, "complete_word": "whole"}
+    ops = [{"name": "rotate", "params": {"max_deg": 5.0, "prob": 0.3}}, {"name": "pad_to_multiple"}]
+    for mode, keeps in (("clean", False), ("published_noisy", True)):
+        augmentation = settings | {"mode": mode, "ops": ops}
+        chain = chain_from(
+            Config.model_validate({"prompts": {"language": "zh"}, "custom": {"augmentation": augmentation}})
+        )
+        assert chain == Chain(
+            (Step("rotate", 0.3, {"max_deg": 5.0}), Step("pad_to_multiple", 1.0, {"multiple": 32})),
+            Rules(0.4, 0.8, "whole", "部分可见", "bbox_2d", keeps),
+            seed=17,
+            bypass_prob=0.25,
+        )
+    assert chain_from(Config.model_validate({"custom": {"augmentation": {"mode": "off", "ops": ops}}})) is None

@@ -3,7 +3,8 @@
 import pytest
 
 from trainer.data.answer import ParsedObject
-from trainer.scoring import Score, attributes, object_type, score_image
+from trainer.data.records import object_type
+from trainer.scoring import Score, attributes, score_image
 
 
 def thing(x: float, desc: str, *, size: float = 10, image: int = 0) -> ParsedObject:

@@ -18,7 +18,7 @@ from trainer.data.clipping import clip, inside
 from trainer.data.colour import Range
 from trainer.data.geometry import Geometry, bounding_box
 from trainer.data.records import Object, Record
-from trainer.data.warp import LARGEST_SIDE, Colour, Matrix, Warp, about, moved
+from trainer.data.warp import LARGEST_CANVAS, LARGEST_SIDE, Colour, Matrix, Warp, about, moved
 from trainer.seeds import derived_seed
 
 _SAME = 1e-6  # pixels
@@ -259,8 +259,8 @@ class Chain:
     def change(self, record: Record, *, epoch: int, copy: int = 0) -> Record:
         """The record as it is shown in an epoch; no pixel is read.
 
-        Every operation has a generator of its own, so that taking one out leaves what the others draw as it was: a
-        clean and a noisy run of one seed turn and zoom alike.
+        Every operation has a generator of its own, by its place in the chain, so that one that is not done leaves what
+        the others draw as it was: a clean and a noisy run of one seed turn and zoom alike.
 
         Args:
             record: as it was read.
@@ -268,8 +268,8 @@ class Chain:
             copy: which showing of the record in this epoch, from 0.
 
         Returns:
-            Another record of the same id; this one where it is left as it is, where no label would be left, or where a
-            side would be longer than can be drawn.
+            Another record of the same id; this one where it is left as it is, where no label would be left (for a
+            summary: where one would be lost), or where the canvas would be larger than can be drawn.
         """
         labels = tuple(Label(n, each, outline(each.geometry)) for n, each in enumerate(record.objects))
         start = Warp.of(record.size)
@@ -282,10 +282,13 @@ class Chain:
                 return record
             if not (self.rules.keep_lost and step.name in _AFTER_THE_FIX):
                 view = OPERATIONS[step.name](view, np.random.default_rng(own), **step.params)
-        if view.warp == start or max(*start.size, *view.warp.size) > LARGEST_SIDE:
+        size = view.warp.size
+        if view.warp == start or max(*start.size, *size) > LARGEST_SIDE or size[0] * size[1] > LARGEST_CANVAS:
             return record
         cut = cut_at_canvas(view)
         objects = tuple(_object(label, cut) for label in cut.labels)
+        if record.task == "summary" and len(objects) < len(record.objects):  # which it may speak of
+            return record
         pictures = tuple(replace(picture, warp=cut.warp) for picture in record.images)
         return replace(record, images=pictures, objects=objects) if objects else record
 
@@ -341,7 +344,9 @@ def marked(desc: str, rules: Rules) -> str:
     """A description with the word for partly visible: in place of the word for whole, else as one more attribute."""
     if not rules.partial_word:
         return desc
-    words = re.split("([/,，])", desc)
+    words = re.split(r"(\s*[/,，]\s*)", desc.strip())
+    if rules.partial_word in words:
+        return desc
     if rules.complete_word in words:
         return "".join(rules.partial_word if word == rules.complete_word else word for word in words)
     kind, slash, rest = desc.partition("/")

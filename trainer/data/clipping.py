@@ -9,6 +9,7 @@ from shapely.geometry.base import BaseGeometry
 from trainer.data.geometry import Size, bounding_box
 
 _SAME = 1e-6  # pixels; a float product of exact turns and shifts is off by less
+_NOTHING = 1e-3  # pixels, or square pixels: what only touches an edge has less inside
 
 
 def clip(points: Sequence[float], size: Size, *, is_line: bool) -> tuple[tuple[float, ...], float]:
@@ -29,23 +30,35 @@ def clip(points: Sequence[float], size: Size, *, is_line: bool) -> tuple[tuple[f
     width, height = size
     if x1 >= -_SAME and y1 >= -_SAME and x2 <= width + _SAME and y2 <= height + _SAME:
         return inside(points, size), 1.0
-    if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
+    if x1 > width or y1 > height or x2 < 0 or y2 < 0:
         return (), 0.0
     pairs = list(zip(points[0::2], points[1::2], strict=True))
-    shape: BaseGeometry = LineString(pairs) if is_line else shapely.make_valid(Polygon(pairs))
-    pieces = shapely.get_parts(shapely.intersection(shape, box(0, 0, width, height)))
-    wanted = "area" if shape.area > 0 else "length"
-    largest = max(pieces, key=lambda piece: float(getattr(piece, wanted)), default=None)
-    if largest is None or not getattr(largest, wanted):
+    wanted, (shape, left) = ("length", _line(pairs, size)) if is_line else ("area", _area(pairs, size))
+    largest = max(shapely.get_parts(left), key=lambda piece: float(getattr(piece, wanted)), default=None)
+    if largest is None or getattr(largest, wanted) <= _NOTHING:
         return (), 0.0
     ring = largest.exterior if wanted == "area" else largest
-    left = list(ring.coords)
+    corners = list(ring.coords)
     if wanted == "area":
-        left = left[:-1]  # shapely closes rings
+        corners = corners[:-1]  # shapely closes rings
         if shapely.is_ccw(ring) != shapely.is_ccw(shapely.linearrings([*pairs, pairs[0]])):
-            left.reverse()
+            corners.reverse()
     share = float(getattr(largest, wanted) / getattr(shape, wanted))
-    return inside([value for pair in left for value in pair], size), min(1.0, share)
+    return inside([value for pair in corners for value in pair], size), min(1.0, share)
+
+
+def _line(pairs: Sequence[tuple[float, float]], size: Size) -> tuple[BaseGeometry, BaseGeometry]:
+    """A line as it is, and its pieces inside. An intersection would cut it where it crosses itself, too."""
+    line = LineString(pairs)
+    return line, shapely.clip_by_rect(line, -_SAME, -_SAME, size[0] + _SAME, size[1] + _SAME)  # its edges count
+
+
+def _area(pairs: Sequence[tuple[float, float]], size: Size) -> tuple[BaseGeometry, BaseGeometry]:
+    """An outline with its crossings resolved, and its pieces inside."""
+    area: BaseGeometry = Polygon(pairs)
+    if not area.is_valid:  # the corners of a quad may just be in another order
+        area = area.convex_hull if len(pairs) == 4 else shapely.make_valid(area)
+    return area, shapely.intersection(area, box(0, 0, *size))
 
 
 def inside(points: Sequence[float], size: Size) -> tuple[float, ...]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -211,7 +211,7 @@ class SampleSet(Dataset[Sample]):
     def shown(self, turn: Turn, epoch: int) -> Record:
         """A turn as an epoch shows it. Where augmentation would make it too long or too thin, it is left as it is."""
         record = shown(turn, self.records, self.mix, epoch=epoch)
-        if self.mix.chain is not None and self.encoder.problem(record):
+        if self.mix.chain is not None and not self.encoder.fits(record):
             return shown(turn, self.records, self.mix, epoch=epoch, changed=False)
         return record
 
@@ -274,14 +274,17 @@ def train_steps(
     Yields:
         One to `accumulation` batches; a silent one where the rank has no pack left.
     """
-    lengths = plan.samples.lengths(0)
-    shortest = (0, lengths.index(min(lengths)))
+
+    @cache
+    def shortest() -> Draw:
+        lengths = plan.samples.lengths(0)  # where nothing is packed nobody else asks for them, and it takes its time
+        return 0, lengths.index(min(lengths))
 
     def steps() -> Iterator[list[list[Draw]]]:
         for epoch, micro_batches in zip(plan.epochs(first_step), plan.steps(first_step), strict=True):
             yield [[(epoch, place) for place in ranks[rank]] for ranks in micro_batches]
 
-    flat = (draws or [shortest] for step in steps() for draws in step)
+    flat = (draws or [shortest()] for step in steps() for draws in step)
     batches = _batches(samples, flat, workers, packed=plan.capacity is not None)
     for step in steps():
         pairs = zip(step, islice(batches, len(step)), strict=True)

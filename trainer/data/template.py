@@ -167,6 +167,12 @@ class Encoder:
             return f": {length} tokens, more than {self.max_length}"
         return None
 
+    def fits(self, record: Record) -> bool:
+        """Whether a record can be encoded with nothing of its answer cut."""
+        if self.problem(record):
+            return False
+        return self.truncation == "raise" or self.token_counts(record).whole <= self.max_length
+
     def image_problem(self, record: Record) -> str | None:
         """Say which image is too thin for the model, or None; a record with one has no tokens to be counted."""
         for width, height in (picture.size for picture in record.images):

@@ -97,7 +97,7 @@ def possible(record: Record, summary_ratio: float) -> list[Record]:
 def _grouped(
     showings: Sequence[Showing], records: Sequence[Record], lengths: Sequence[int], mix: Mix, max_length: int
 ) -> list[Turn]:
-    """Showings in order, each put to the turn before it where both fit together; a turn has one task."""
+    """Showings in order, each put to the turn before it where both fit together: of one task, no record twice."""
     groups: list[list[Showing]] = []
     open_turns: dict[object, tuple[list[Showing], int, int]] = {}  # kind -> turn, its images, its tokens
     for showing in showings:
@@ -105,7 +105,8 @@ def _grouped(
         kind = (showing.task, record.domain if mix.seed is None else None)
         turn, images, tokens = open_turns.get(kind, ([], mix.images_per_turn + 1, 0))
         images, tokens = images + len(record.images), tokens + lengths[showing.record]
-        if images > mix.images_per_turn or tokens > max_length:
+        itself = any(other.record == showing.record for other in turn)
+        if images > mix.images_per_turn or tokens > max_length or itself:
             turn, images, tokens = [], len(record.images), lengths[showing.record]
             groups.append(turn)
         turn.append(showing)
@@ -122,9 +123,10 @@ def shown(turn: Turn, records: Sequence[Record], mix: Mix, *, epoch: int, change
     parts = []
     for showing in turn:
         record = records[showing.record]
+        record = replace(record, task=showing.task) if showing.task != record.task else record
         if mix.chain is not None and changed:
             record = mix.chain.change(record, epoch=epoch, copy=showing.copy)
-        parts.append(replace(record, task=showing.task) if showing.task != record.task else record)
+        parts.append(record)
     return joined(parts)
 
 

@@ -28,6 +28,9 @@ FILL = 128
 LARGEST_SIDE = 2**15 - 2
 """Pixels; OpenCV counts them in 16 bits."""
 
+LARGEST_CANVAS = 2**27
+"""Pixels in all: as many as an image on disk may have."""
+
 _SAME = 1e-6  # pixels; a float product of exact turns and shifts is off by less
 
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from trainer.config.augmentation import PARAMS
 from trainer.data.augment import OPERATIONS, Chain, Rules, Step
-from trainer.data.clipping import clip
 from trainer.data.geometry import Geometry, bounding_box, count_problem, emit, to_pixels
 from trainer.data.records import Object, Picture, Record
 from trainer.data.warp import FILL, Warp
@@ -263,10 +262,13 @@ def test_a_crop_across_a_line_is_not_done(points: tuple[float, ...], skip: bool,
         ("whole", "cut", "car/red,whole/parked", "car/red,cut/parked"),
         ("whole", "cut", "car/unwhole", "car/unwhole,cut"),
         ("显示完整", "只显示部分", "螺丝/显示完整，拧紧", "螺丝/只显示部分，拧紧"),
+        ("whole", "cut", "car/red, whole/parked", "car/red, cut/parked"),
+        (None, "cut", "car/red,cut/parked", "car/red,cut/parked"),
+        ("显示完整", "只显示部分", "螺丝/只显示部分，拧紧", "螺丝/只显示部分，拧紧"),
     ],
 )
 def test_the_mark_of_a_partial_object(complete: str | None, partial: str, desc: str, expected: str) -> None:
-    """In the place of the word for whole, else as one more attribute; unless there is no word."""
+    """In the place of the word for whole, else as one more attribute; once, and unless there is no word."""
     rules = Rules(complete_word=complete, partial_word=partial)
     after = change(record(box(20, 30, 40, 50, desc)), ("center_crop", {"scale": 0.25}), rules=rules)
     assert [label.desc for label in after.objects] == [expected]
@@ -339,6 +341,14 @@ def test_a_record_of_which_nothing_would_be_left_stays_as_it_is() -> None:
     assert change(before, ("scale", {"lo": 3, "hi": 3}), rules=Rules()) is before
 
 
+@pytest.mark.parametrize("factor", [2.0, 5.0])
+def test_a_canvas_larger_than_an_image_may_be_is_not_drawn(factor: float) -> None:
+    """In pixels, though neither side is too long; `max_pixels` would hide it from the count of tokens."""
+    before = record(box(0, 0, 4000, 4000), width=4000, height=4000)
+    after = change(before, ("resize_by_scale", {"lo": factor, "hi": factor}))
+    assert (after is before) is (factor == 5)
+
+
 @pytest.mark.parametrize("name", sorted(set(OPERATIONS) - set(GEOMETRIC)))
 def test_a_change_of_colour_leaves_labels_and_fill_alone(name: str) -> None:
     """It changes pixels, the same way each time; the fill around a smaller image stays as it is."""
@@ -373,16 +383,6 @@ def test_colours_by_hand(name: str, params: dict[str, Any], expected: tuple[int,
 def test_the_table_holds_the_operations_of_existing_files() -> None:
     """Names and parameters as configured are those that are done."""
     assert set(OPERATIONS) == set(PARAMS)
-
-
-def test_a_concave_polygon_is_cut_to_its_largest_piece() -> None:
-    """A comb lying across the edge falls into teeth; the share is that of the piece."""
-    comb = (-10, 0, 20, 0, 20, 10, -5, 10, -5, 20, 10, 20, 10, 30, -10, 30)
-    points, share = clip(comb, (100, 100), is_line=False)
-    assert bounding_box(points) == (0, 0, 20, 10)
-    assert share == pytest.approx(200 / (30 * 10 + 5 * 10 + 20 * 10))
-    assert points[:4] in ((20, 0, 20, 10), (0, 0, 20, 0), (20, 10, 0, 10), (0, 10, 0, 0))  # the same way round
-    assert clip((-10, 5, 5, 5, 5, -5, 40, -5, 40, 30), (100, 100), is_line=True)[0] == (40, 0, 40, 30)
 
 
 def test_an_unchanged_image_is_not_drawn_again() -> None:

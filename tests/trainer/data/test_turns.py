@@ -20,7 +20,7 @@ from trainer.data.geometry import Geometry
 from trainer.data.loader import SampleSet, check_lengths, train_steps
 from trainer.data.packing import StepPlan
 from trainer.data.records import Object, Picture, Record, RecordSet
-from trainer.data.turns import Mix, joined, turns
+from trainer.data.turns import Mix, Showing, joined, shown, turns
 
 Make = Callable[..., Any]
 
@@ -112,6 +112,29 @@ def test_a_turn_has_one_task() -> None:
     made = turns(records, [10] * 40, Mix(2, 0.5, 17), epoch=0, max_length=100)
     assert all(len({showing.task for showing in turn}) == 1 for turn in made)
     assert len(made) in (20, 21)
+
+
+def test_a_record_that_comes_twice_does_not_meet_itself() -> None:
+    """One picture twice in a turn would teach to copy the answer."""
+    records = [record(0, weight=4), record(1), record(2)]
+    for epoch in range(20):
+        made = of(records, Mix(3, seed=17), epoch)
+        assert sorted(place for turn in made for place in turn) == [0, 0, 0, 0, 1, 2]
+        assert all(len(set(turn)) == len(turn) for turn in made)
+
+
+@pytest.mark.parametrize("keep_lost", [False, True])
+def test_a_summary_stays_true(keep_lost: bool) -> None:
+    """Where a change would take an object out of the picture, a record answered by its summary stays as it is."""
+    objects = [Object(Geometry("bbox_2d", box), "x") for box in ((40, 40, 60, 60), (0, 0, 10, 10))]
+    one = replace(record(1, summary="two things"), images=(Picture(Path("x.png"), 100, 100, "two things"),))
+    for zoom, loses in ((2.0, True), (0.5, False)):
+        chain = Chain((Step("scale", 1.0, {"lo": zoom, "hi": zoom}),), Rules(keep_lost=keep_lost), 1)
+        for task in ("dense", "summary"):
+            both = [replace(one, objects=tuple(objects))]
+            after = shown((Showing(0, task=task),), both, Mix(chain=chain), epoch=0)
+            stays = task == "summary" and loses and not keep_lost
+            assert (after == replace(both[0], task=task)) is stays
 
 
 def test_joined_records_keep_their_objects_with_their_images() -> None:
@@ -223,6 +246,18 @@ def test_a_sample_that_augmentation_would_make_too_long_stays_as_it_is(make_enco
     for epoch in range(4):
         assert max(samples.lengths(epoch)) <= limit
         assert [samples.record((epoch, place)) for place in range(4)] == plain
+
+
+def test_an_answer_that_augmentation_would_push_over_the_limit_is_not_cut(
+    make_encoder: Make, make_record: Make
+) -> None:
+    """With `truncation_strategy: right` too: the sample stays as it is; what is too long on disk stays so as well."""
+    steps = (Step("resize_by_scale", 1.0, {"lo": 2.0, "hi": 2.0, "align_multiple": 32}),)
+    whole = make_encoder().token_counts(make_record(1, (64, 64)))
+    for limit in (whole.whole, whole.whole - 2):
+        encoder = make_encoder(max_length=limit, truncation="right")
+        samples = SampleSet([make_record(1, (64, 64))], encoder, Mix(seed=1, chain=Chain(steps, Rules(), 1)))
+        assert int(samples[0, 0].supervised.sum()) == whole.answer - whole.whole + limit
 
 
 def test_evaluation_never_augments(make_encoder: Make, make_record: Make) -> None:

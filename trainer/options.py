@@ -1,0 +1,88 @@
+"""What commands on a configuration share: their options, the configuration that these mean, and quiet libraries."""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from trainer import launch
+from trainer.config.resolved import Resolved
+
+EXTRA = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+OVERRIDES_HELP = """
+\b
+CONFIG is a YAML file, or the name of one in experiments/ (last6_lora).
+Any key can be overridden: --training.num_train_epochs 3 --tuner.lora_rank 8
+"""
+
+
+def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """CONFIG, the profile, and the short names of the keys that are overridden most."""
+    options: list[Callable[[Any], Any]] = [
+        click.argument("config"),
+        click.option("--profile", help="Scale: pocket, published, none, or a YAML file. [default: pocket for ours]"),
+        click.option("--model", help="Base model: pocket, random:4b, a folder, or a hub id (model.model)."),
+        click.option("--train_jsonl", help="Training records (custom.train_jsonl)."),
+        click.option("--val_jsonl", help="Validation records (custom.val_jsonl)."),
+        click.option("--seed", help="Seed of data order, dropout and new weights (training.seed)."),
+        click.option("--max_steps", help="Stop after so many optimizer steps (training.max_steps)."),
+        click.option("--output_dir", help="Folder for checkpoints (training.output_dir)."),
+        click.pass_context,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def resolve(context: click.Context, config: str, profile: str | None, short: dict[str, str | None]) -> Resolved:
+    """The configuration that a command line means, as it holds on this machine.
+
+    Raises:
+        ConfigError: anything wrong in it.
+    """
+    from trainer.config.load import load
+
+    given = {key: value for key, value in short.items() if value}
+    resolved = load(config, profile=profile or None, overrides=given | _overrides(context.args))
+    if resolved.config.launch.gpus is None:
+        return resolved
+    from trainer import gpus  # imports torch
+
+    return gpus.settled(resolved)
+
+
+def tell(resolved: Resolved) -> None:
+    """Say once what is legal and changes nothing, or is probably not meant."""
+    for line in (*resolved.warnings, *resolved.no_effect) if launch.is_first() else ():
+        click.echo(line, err=True)
+
+
+def _overrides(arguments: list[str]) -> dict[str, str]:
+    """`--section.key value` and `--section.key=value` pairs, as the command line left them over."""
+    overrides: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--") or (not equals and not rest):
+            raise click.UsageError(f"{name!r}: expected --section.key VALUE (see --help)")
+        overrides[name.removeprefix("--")] = value if equals else rest.pop(0)
+    return overrides
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say about themselves; what a user must know, we say."""
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|accelerate|torch\.distributed")
+    for name in ("alembic", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of fonts, and of the list it makes of them once
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # theirs
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
