@@ -36,6 +36,7 @@ SMALL = {
     "tracking.probe_records": "4",
     "tracking.vision_gain_records": "8",
     "tracking.generate_records": "2",
+    "tracking.preview_records": "2",
 }
 
 

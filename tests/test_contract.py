@@ -9,6 +9,7 @@ from itertools import accumulate, islice, pairwise
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 
 from tests.running import SMALL, Trained, trained
 from trainer import names
@@ -241,6 +242,12 @@ def test_captions_are_kept_beside_the_truth(done: Trained) -> None:
     lines = done.artifact("best_" + names.ARTIFACT_PREDICTIONS).read_text(encoding="utf-8").splitlines()
     assert len(lines) == int(SMALL["tracking.generate_records"])
     assert all({"record_id", "text"} <= set(json.loads(line)) for line in lines)
+
+
+def test_a_sheet_of_training_records_is_logged(done: Trained) -> None:
+    """Two of the 32, as on disk: this run has no augmentation."""
+    with Image.open(done.artifact(names.ARTIFACT_PREVIEW)) as sheet:
+        assert sheet.format == "PNG" and sheet.width > sheet.height > 600
 
 
 def test_the_terminal_shows_progress_as_lines_and_ends_with_the_result(done: Trained) -> None:

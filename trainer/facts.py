@@ -23,6 +23,9 @@ from trainer.generation import Caption
 from trainer.strategy import Method, ParameterPlan
 from trainer.tracking import Tracker
 
+_PREVIEWED = 2
+"""Epochs in which a run's own sheet shows each record."""
+
 
 def log_start(
     tracker: Tracker,
@@ -66,8 +69,21 @@ def log_start(
         tracker.text("\n".join(skipped) + "\n", names.ARTIFACT_SKIPPED)
     if config.custom.dump_conversation_text:
         tracker.text(prepared.encoder.conversation(prepared.samples.record((0, 0))), names.ARTIFACT_CONVERSATION)
+    if config.tracking.preview_records:
+        log_preview(tracker, prepared, mode=config.custom.augmentation.mode, n_records=config.tracking.preview_records)
     tracker.text(json.dumps(plan_table(plan), indent=1), names.ARTIFACT_PLAN)
     tracker.text(json.dumps(provenance.environment(), indent=1), names.ARTIFACT_ENVIRONMENT)
+
+
+def log_preview(tracker: Tracker, prepared: Prepared, *, mode: str, n_records: int) -> None:
+    """A small contact sheet of what is trained on."""
+    from trainer.preview import save_preview  # matplotlib, which takes a second, and only here
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / names.ARTIFACT_PREVIEW
+        name = prepared.data.train.path.name
+        save_preview(prepared.samples, path, name=name, mode=mode, n_records=n_records, n_variants=_PREVIEWED)
+        tracker.file(path)
 
 
 def log_gate(tracker: Tracker, gate: Gate) -> None:
