@@ -194,7 +194,7 @@ def check_first_epoch(path: Path, samples: SampleSet) -> None:
             f"{path}",
             f"no sample in the first epoch: {len(samples.records)} records with weights of {total:g} in all",
             "weights that make some samples an epoch",
-            "raise the weights; only their ratios change what is learned from which record",
+            "raise the weights: an epoch holds about as many samples as they add up to",
         )
 
 
