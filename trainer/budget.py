@@ -40,10 +40,8 @@ class Budget:
     @cached_property
     def epoch_ends(self) -> tuple[int, ...]:
         """The last step of each whole epoch that is trained."""
-        ends: list[int] = []
-        while not ends or ends[-1] < self.total_steps:
-            ends.append((ends[-1] if ends else 0) + self.plan.steps_in_epoch(len(ends)))
-        return tuple(end for end in ends if end <= self.total_steps)
+        epochs = math.ceil(self.total_steps / self.plan.steps_in_epoch(0)) + 1
+        return tuple(end for end in self.plan.last_steps(epochs) if end <= self.total_steps)
 
 
 def step_plan_from(config: Config, samples: Samples) -> StepPlan:

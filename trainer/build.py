@@ -1,10 +1,10 @@
 """Turns sections of the configuration into the values and objects that everything below takes: where config stops."""
 
-import math
 import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from trainer.config.schema import Config
 from trainer.config.zero import zero_settings
 from trainer.data.loader import SampleCache, SampleSet
 from trainer.data.template import Encoder
-from trainer.datasets import Data, check_first_epoch, check_lengths, make_encoder, mix_from, read_data
+from trainer.datasets import Data, check_first_epoch, check_lengths, make_encoder, mix_from, read_data, unknown_mark
 from trainer.engine import Engine
 from trainer.errors import ConfigError
 from trainer.gpus import stand_ins
@@ -61,8 +61,8 @@ def prepare(resolved: Resolved) -> Prepared:
     config = resolved.config
     zero, of_zero = zero_from(resolved)
     plan, of_plan = plan_from(resolved, parameter_shapes(config.model.model))
-    no_effect = (*of_zero, *of_plan, *stand_ins(resolved))
     data = read_data(config)
+    no_effect = (*of_zero, *of_plan, *stand_ins(resolved), *unknown_mark(config, data))
     tools = load_tools(config.model.model)
     encoder = make_encoder(config, tools, data.taxonomy)
     data = check_lengths(config, data, encoder)
@@ -75,17 +75,12 @@ def prepare(resolved: Resolved) -> Prepared:
 
 
 def count_tokens(config: Config, samples: SampleSet) -> None:
-    """Measure the samples of every epoch, which `samples` then remembers, with a progress bar.
-
-    Augmentation changes how many tokens they have, so how many packs there are, so the number of steps.
-    """
-    if samples.is_constant or config.pack_length is None or config.training.max_steps:
+    """Measure the first epoch, which decides how many steps there are, with a progress bar; `samples` remembers it."""
+    if config.pack_length is None:
         return
-    epochs = range(math.ceil(config.training.num_train_epochs))
     console = Console(stderr=True, quiet=not launch.is_first())
-    what = "counting the tokens of each epoch"
-    for epoch in track(epochs, what, console=console, transient=True, disable=not console.is_terminal):
-        samples.lengths(epoch)
+    bar = partial(track, description="counting tokens", console=console, disable=not console.is_terminal)
+    samples.lengths(0, watch=partial(bar, transient=True))
 
 
 def arm_name(resolved: Resolved) -> str:

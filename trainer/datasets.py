@@ -154,6 +154,19 @@ def chain_from(config: Config) -> Chain | None:
     return Chain(steps, rules, config.training.seed, asked.bypass_prob)
 
 
+def unknown_mark(config: Config, data: Data) -> tuple[str, ...]:
+    """A line where augmentation marks objects with a word of ours that no record has: learned for nothing."""
+    chain, key = chain_from(config), "custom.augmentation.partial_word"
+    if chain is None or chain.rules.keep_lost or config.custom.augmentation.partial_word is not None:
+        return ()
+    word = chain.rules.partial_word
+    if any(word in each.desc for record in data.train.records for each in record.objects):
+        return ()
+    return (
+        f"{key}: what an edge cuts is marked {word!r}, which no record says; set your word, or an empty one for none",
+    )
+
+
 def make_encoder(config: Config, tools: Tools, taxonomy: Taxonomy | None) -> Encoder:
     """What turns records into samples."""
     return Encoder(

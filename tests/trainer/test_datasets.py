@@ -27,6 +27,7 @@ from trainer.datasets import (
     read_data,
     spread,
     to_caption,
+    unknown_mark,
 )
 from trainer.errors import DataError
 from trainer.loop import evaluate
@@ -137,3 +138,19 @@ def test_the_chain_is_the_configured_one() -> None:
             bypass_prob=0.25,
         )
     assert chain_from(Config.model_validate({"custom": {"augmentation": {"mode": "off", "ops": ops}}})) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"custom.augmentation.mode": "clean", "custom.augmentation.partial_word": "null"}, True),
+        ({"custom.augmentation.mode": "clean", "custom.augmentation.partial_word": ""}, False),
+        ({"custom.augmentation.mode": "clean", "custom.augmentation.partial_word": "large"}, False),
+        ({"custom.augmentation.mode": "published_noisy", "custom.augmentation.partial_word": "null"}, False),
+        ({}, False),
+    ],
+)
+def test_a_mark_that_no_record_has_is_told(changes: dict[str, str], told: bool) -> None:
+    """It is in no validation answer either; whoever chose a word, or none, is not told."""
+    config = load("last6_lora", overrides={"custom.digits.train": "8", "custom.digits.val": "4"} | changes).config
+    assert bool(unknown_mark(config, read_data(config))) is told

@@ -128,13 +128,21 @@ def _translated(details: ErrorDetails, root: Node) -> Problem:
         return _unknown_in_an_operation(details, where)
     allowed, do = _WORDS.get(details["type"], (details["msg"], "correct the value"))
     allowed = allowed.format(**context)
-    field = field_of(dotted.partition("[")[0])
+    field = _field(loc, dotted)
     if field is not None and NoneType in get_args(field.annotation):
         allowed += ", or null"
     if field is not None and field.description:
         allowed += f" ({' '.join(field.description.split()).rstrip('.')})"
     got = "nothing" if details["type"] == "missing" else shown(details["input"])
     return Problem(where, got, allowed, do)
+
+
+def _field(loc: tuple[int | str, ...], dotted: str) -> FieldInfo | None:
+    """Return the schema's field for a value; inside an operation that of its parameter."""
+    if "params" in loc[:-1]:
+        place_of_name = loc.index("params")
+        return PARAMS[str(loc[place_of_name - 1])].model_fields.get(str(loc[place_of_name + 1]))
+    return field_of(dotted.partition("[")[0])
 
 
 def _unknown_in_an_operation(details: ErrorDetails, where: str) -> Problem:

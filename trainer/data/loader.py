@@ -1,6 +1,6 @@
 """Samples in batches: padded rows or one packed row, the micro-batches of a step, the batches of an evaluation."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property, partial
 from itertools import islice
@@ -124,6 +124,9 @@ Draw = tuple[int, int]
 """Which sample: (epoch, its place among the samples of that epoch), both from 0."""
 
 
+Watch = Callable[[Sequence[int]], Iterable[int]]
+
+
 class SampleCache:
     """Encoded samples by what they are made of, kept up to a bound; several sets share one."""
 
@@ -173,13 +176,18 @@ class SampleSet(Dataset[Sample]):
         """Samples of an epoch."""
         return len(self.turns(epoch))
 
-    def lengths(self, epoch: int) -> tuple[int, ...]:
-        """Tokens of each sample of an epoch, without looking at pixels."""
+    def lengths(self, epoch: int, watch: Watch = iter) -> tuple[int, ...]:
+        """Tokens of each sample of an epoch, without looking at pixels.
+
+        Args:
+            epoch: from 0.
+            watch: passes on the places of the samples while they are measured, to whoever shows progress.
+        """
         if self.is_constant:
             return self.own_lengths
         if epoch not in self._lengths:
-            records = (self.record((epoch, place)) for place in range(self.count(epoch)))
-            self._lengths[epoch] = tuple(self.encoder.length(record) for record in records)
+            places = watch(range(self.count(epoch)))
+            self._lengths[epoch] = tuple(self.encoder.length(self.record((epoch, place))) for place in places)
         return self._lengths[epoch]
 
     @cached_property

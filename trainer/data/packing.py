@@ -64,6 +64,10 @@ def _fill(lengths: Sequence[int], samples: Sequence[int], capacity: int) -> list
 class Samples(Protocol):
     """What there is to be packed, epoch by epoch: augmentation and turns of several records change it."""
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether every epoch holds the same."""
+
     def count(self, epoch: int) -> int:
         """Samples of an epoch (from 0)."""
 
@@ -77,6 +81,7 @@ class Fixed:
 
     tokens: tuple[int, ...]
     """Of each sample."""
+    is_constant = True
 
     def count(self, epoch: int) -> int:
         """Samples of an epoch."""
@@ -112,15 +117,22 @@ class StepPlan:
         return math.ceil(len(self.packs(epoch)) / (self.micro_batch * self.accumulation * self.ranks))
 
     def last_steps(self, epochs: float) -> list[int]:
-        """The step that ends each epoch, counted from 1; a fraction ends inside its epoch."""
+        """The step that ends each epoch, counted from 1; a fraction ends inside its epoch.
+
+        Where samples change from epoch to epoch, all epochs count as long as the first: to measure them all before
+        training would take minutes. The last one then ends a little before or after its last pack.
+        """
         whole, steps = math.floor(epochs), 0
         ends = []
         for epoch in range(whole):
-            steps += self.steps_in_epoch(epoch)
+            steps += self._expected_steps(epoch)
             ends.append(steps)
         # rounded up, but not for the last bit of a float product: 0.07 * 100 is 7, not 8
-        part = max(1, math.ceil(round((epochs - whole) * self.steps_in_epoch(whole), 9))) if epochs > whole else 0
+        part = max(1, math.ceil(round((epochs - whole) * self._expected_steps(whole), 9))) if epochs > whole else 0
         return [*ends, steps + part] if part else ends
+
+    def _expected_steps(self, epoch: int) -> int:
+        return self.steps_in_epoch(epoch if self.samples.is_constant else 0)
 
     def steps(self, first_step: int = 0) -> Iterator[list[list[Pack]]]:
         """The micro-batches of one step after the other, each as one list of samples a rank; endless.

@@ -31,6 +31,8 @@ LARGEST_SIDE = 2**15 - 2
 LARGEST_CANVAS = 2**27
 """Pixels in all: as many as an image on disk may have."""
 
+_ROWS = 256
+
 _SAME = 1e-6  # pixels; a float product of exact turns and shifts is off by less
 
 
@@ -135,7 +137,9 @@ class Warp:
         """Overwrite pixels whose middle lies outside the polygon, edge by edge; edges that cut nothing cost nothing."""
         x, y = (np.arange(side) + 0.5 for side in self.size)
         for a, b, c in self._cutting_edges():
-            drawn[(a * x)[None, :] + (b * y + c)[:, None] < -_SAME] = FILL
+            for top in range(0, len(y), _ROWS):  # in strips: the depths of all pixels would take eight bytes each
+                rows = slice(top, top + _ROWS)
+                drawn[rows][(a * x)[None, :] + (b * y[rows] + c)[:, None] < -_SAME] = FILL
 
     def _cutting_edges(self) -> list[tuple[float, float, float]]:
         """Edges of the polygon that leave a part of the canvas outside; a x + b y + c is the depth inside in pixels."""

@@ -293,6 +293,31 @@ def test_each_epoch_ends_after_as_many_steps_as_it_has_packs() -> None:
     assert plan.last_steps(2.5) == [2, 5, 7]
 
 
+def test_where_samples_change_every_epoch_counts_as_the_first() -> None:
+    """No epoch but the first is measured to know the steps of a run; each still ends with its own last pack."""
+
+    class Growing:
+        """Two samples more in each epoch; what is asked for is kept."""
+
+        is_constant = False
+
+        def __init__(self) -> None:
+            self.asked: set[int] = set()
+
+        def count(self, epoch: int) -> int:
+            return 4 + 2 * epoch
+
+        def lengths(self, epoch: int) -> tuple[int, ...]:
+            self.asked.add(epoch)
+            return (5,) * self.count(epoch)
+
+    samples = Growing()
+    plan = StepPlan(samples, seed=17, micro_batch=1, accumulation=1, capacity=10)
+    assert plan.last_steps(3.5) == [2, 4, 6, 7]
+    assert samples.asked == {0}
+    assert list(islice(plan.epochs(), 10)) == [0, 0, 1, 1, 1, 2, 2, 2, 2, 3]
+
+
 @given(plans(), st.integers(1, 4))
 def test_the_last_step_of_an_epoch_has_seen_every_sample_as_often_as_epochs(plan: StepPlan, epochs: int) -> None:
     """Also where the epochs have different numbers of packs, and so of steps."""
