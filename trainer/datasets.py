@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from trainer.config.schema import Config
 from trainer.data import loader
@@ -37,7 +38,10 @@ class Data:
         return {"train": self.train, "val": self.val} | ({"ood": self.ood} if self.ood is not None else {})
 
 
-def spread(records: Sequence[Record], count: int | None) -> tuple[Record, ...]:
+T = TypeVar("T")
+
+
+def spread(records: Sequence[T], count: int | None) -> tuple[T, ...]:
     """`count` records evenly spread over a file, the same for every seed and arm; all of them where there are fewer."""
     count = len(records) if count is None else min(count, len(records))
     return tuple(records[i * len(records) // count] for i in range(count))
@@ -218,18 +222,22 @@ def eval_sets_from(
     tracking, at_once = config.tracking, config.training.per_device_eval_batch_size
     mix = mix_from(config, training=False)
 
-    def plain(records: tuple[Record, ...]) -> EvalSet:
-        samples = SampleSet(records, encoder, mix, cache=cache)
+    def set_of(records: tuple[Record, ...]) -> SampleSet:
+        return SampleSet(records, encoder, mix, cache=cache)
+
+    def plain(samples: SampleSet) -> EvalSet:
         share = partial(eval_batches, samples, batch_size=at_once, capacity=config.pack_length, rank=rank, ranks=ranks)
         return EvalSet(share)
 
-    sets = {EVAL: plain(data.val.records)}
+    val = set_of(data.val.records)
+    sets = {EVAL: plain(val)}
     if tracking.probe_records:
-        sets[PROBE] = plain(spread(data.train.records, tracking.probe_records))
+        sets[PROBE] = plain(set_of(spread(data.train.records, tracking.probe_records)))
     if data.ood is not None:
-        sets[OOD] = plain(data.ood.records)
-    subset = spread(data.val.records, tracking.vision_gain_records)
-    if exchanged := exchange_images(SampleSet(subset, encoder, mix, cache=cache)):
+        sets[OOD] = plain(set_of(data.ood.records))
+    # samples of the validation set themselves: of turns put together anew there would be no loss to compare with
+    places = spread(range(val.count(0)), tracking.vision_gain_records)
+    if exchanged := exchange_images(val[0, place] for place in places):
         batches = exchanged_batches(exchanged, encoder.pad_id, batch_size=at_once, capacity=config.pack_length)
         sets[EXCHANGED] = EvalSet(lambda: batches[rank::ranks], every=tracking.vision_gain_every)
     return sets

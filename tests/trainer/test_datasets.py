@@ -30,6 +30,7 @@ from trainer.datasets import (
     unknown_mark,
 )
 from trainer.errors import DataError
+from trainer.events import EVAL, EXCHANGED
 from trainer.loop import evaluate
 from trainer.model import load_tools
 
@@ -154,3 +155,15 @@ def test_a_mark_that_no_record_has_is_told(changes: dict[str, str], told: bool) 
     """It is in no validation answer either; whoever chose a word, or none, is not told."""
     config = load("last6_lora", overrides={"custom.digits.train": "8", "custom.digits.val": "4"} | changes).config
     assert bool(unknown_mark(config, read_data(config))) is told
+
+
+@pytest.mark.parametrize("per_turn", ["1", "2", "3"])
+def test_what_is_evaluated_with_exchanged_images_is_evaluated_with_its_own_too(per_turn: str) -> None:
+    """Of several records in a turn as well: the gain is a difference, sample by sample."""
+    changes = {"custom.digits.train": "8", "custom.digits.val": "20", "tracking.vision_gain_records": "5"}
+    config = load("last6_lora", overrides=changes | {"custom.images_per_user_turn": per_turn}).config
+    data = read_data(config)
+    encoder = make_encoder(config, load_tools("pocket"), data.taxonomy)
+    sets = eval_sets_from(config, data, encoder, SampleCache(), rank=0, ranks=1)
+    own, exchanged = ({name for batch in sets[key].batches() for name in batch.record_ids} for key in (EVAL, EXCHANGED))
+    assert exchanged and exchanged <= own

@@ -269,6 +269,16 @@ def test_texts_of_labels_lie_over_no_other_as_long_as_there_is_room(count: int, 
     assert len(long) == (8 if across == 4 else 0)
 
 
+@pytest.mark.parametrize("corners", [(0, 0, 40, 20), (60, 80, 100, 100), (0, 40, 100, 60), (30, 0, 60, 100)])
+def test_the_text_of_a_label_leaves_its_shape_free_where_it_can(corners: tuple[float, float, float, float]) -> None:
+    """At each edge of the picture, and across it."""
+    label = Label(Geometry("bbox_2d", corners), 1, "car/red", 0)
+    ((_, text, (left, above, right, below)),) = plates([label], (2.0, 2.0), 0.02, Lettering([]))
+    x1, y1, x2, y2 = (0.02 * value for value in corners)
+    assert text == "1 car/red"
+    assert right <= x1 + 1e-9 or x2 <= left + 1e-9 or below <= y1 + 1e-9 or y2 <= above + 1e-9
+
+
 def test_long_texts_are_cut_where_a_row_has_no_room(encoder: Encoder, make: Make) -> None:
     """What is learned at its end, the prompt in its middle: its images and its request stay."""
     objects = [box(n, n, n + 5, n + 5, desc=f"car/number {n}, with many words that fill lines") for n in range(60)]

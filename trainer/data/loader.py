@@ -234,10 +234,6 @@ class SampleSet(Dataset[Sample]):
             return self.encoder.encode(record)
         return self.cache.get(record, self.encoder.encode)
 
-    def __iter__(self) -> Iterator[Sample]:
-        """The samples of the first epoch; of an evaluation these are all there are."""
-        return (self[0, place] for place in range(self.count(0)))
-
 
 def check_lengths(
     record_set: RecordSet, encoder: Encoder, *, on_bad_record: OnBadRecord = "error", summary_ratio: float = 0.0

@@ -154,7 +154,8 @@ def test_the_model_sees_every_image_of_a_turn_and_answers_by_image(make_encoder:
     encoder = make_encoder()
     records = [make_record(1, (64, 64)), make_record(2, (96, 32))]
     samples = SampleSet(records, encoder, Mix(2))
-    (sample,) = samples
+    sample = samples[0, 0]
+    assert samples.count(0) == 1
     assert sample.record_id == "train.jsonl:1+train.jsonl:2"
     assert sample.image_grid_thw.tolist() == [[1, 4, 4], [1, 2, 6]]
     assert int(sample.image_tokens.sum()) == 4 + 3
@@ -171,7 +172,7 @@ def test_the_summary_of_each_image_is_the_answer(make_encoder: Make, make_record
     encoder = make_encoder()
     pictures = [replace(make_record(n).images[0], summary=text) for n, text in ((1, "一只红色的七"), (2, "two"))]
     records = [replace(make_record(n), images=(picture,)) for n, picture in enumerate(pictures, 1)]
-    (sample,) = SampleSet(records, encoder, Mix(2, 1.0))
+    sample = SampleSet(records, encoder, Mix(2, 1.0))[0, 0]
     answer = encoder.tokenizer.decode(sample.input_ids[sample.supervised], skip_special_tokens=True)
     assert json.loads(answer) == {"image_1": "一只红色的七", "image_2": "two"}
     prompt = encoder.tokenizer.decode(sample.input_ids[~sample.supervised])
