@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -85,7 +85,8 @@ def convert(
         DataError: `source` is not what it should be, `out` is in the way or cannot be written, or no record is left.
     """
     _check_arguments(source, out, images, domain, force=force)
-    with _progress(console or Console(stderr=True)) as progress:
+    console = console or Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         reading = progress.add_task(f"read {source.name}", total=None)
         content = _load(source, form)
         progress.remove_task(reading)
@@ -278,20 +279,6 @@ def _nothing_left(source: Path, folder: Path, findings: Findings) -> DataError:
 
 def _not_a_source(source: Path, got: str) -> DataError:
     return DataError(str(source), got, _FORMATS, "correct the path or the file; --format says which it is meant to be")
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
 
 
 def _plain(text: str) -> Text:

@@ -16,12 +16,10 @@ import numpy as np
 from trainer.data import colour
 from trainer.data.clipping import clip, inside
 from trainer.data.colour import Range
-from trainer.data.geometry import Geometry, bounding_box
+from trainer.data.geometry import SAME, Geometry, bounding_box, corners
 from trainer.data.records import Object, Record
 from trainer.data.warp import LARGEST_CANVAS, LARGEST_SIDE, Colour, Matrix, Warp, about, moved
 from trainer.seeds import derived_seed
-
-_SAME = 1e-6  # pixels
 
 Operation = Callable[["View", np.random.Generator], "View"]
 
@@ -119,8 +117,8 @@ def resize_by_scale(view: View, generator: np.random.Generator, *, lo: float, hi
 def expand_to_fit_affine(view: View, generator: np.random.Generator, *, multiple: int) -> View:
     """The canvas enlarged until the whole image lies on it, the sides up to multiples; it never gets smaller."""
     x1, y1, x2, y2 = bounding_box(view.warp.visible)
-    left, top = min(0, math.floor(x1 + _SAME)), min(0, math.floor(y1 + _SAME))
-    right, bottom = (max(side, math.ceil(end - _SAME)) for side, end in zip(view.warp.size, (x2, y2), strict=True))
+    left, top = min(0, math.floor(x1 + SAME)), min(0, math.floor(y1 + SAME))
+    right, bottom = (max(side, math.ceil(end - SAME)) for side, end in zip(view.warp.size, (x2, y2), strict=True))
     return view.then((1, 0, -left, 0, 1, -top), _up_to((right - left, bottom - top), multiple))
 
 
@@ -297,8 +295,7 @@ def outline(geometry: Geometry) -> tuple[float, ...]:
     """Flat points of a shape: a box has four corners, clockwise from the upper left."""
     if geometry.kind != "bbox_2d":
         return geometry.points
-    x1, y1, x2, y2 = geometry.points
-    return (x1, y1, x2, y1, x2, y2, x1, y2)
+    return corners(geometry.points)
 
 
 def _object(label: Label, view: View) -> Object:
@@ -321,7 +318,7 @@ def _object(label: Label, view: View) -> Object:
 def _is_upright(points: Sequence[float], around: Sequence[float]) -> bool:
     """Whether every point lies in a corner of the box around them."""
     ends = (around[0::2], around[1::2])
-    return all(min(abs(value - end) for end in ends[i % 2]) <= _SAME for i, value in enumerate(points))
+    return all(min(abs(value - end) for end in ends[i % 2]) <= SAME for i, value in enumerate(points))
 
 
 def _as_outline(old: Object, points: tuple[float, ...]) -> Geometry:
@@ -336,7 +333,7 @@ def _as_outline(old: Object, points: tuple[float, ...]) -> Geometry:
 def _in_their_box(points: Sequence[float]) -> tuple[float, ...]:
     """Points with the box around them taken to -1 to 1."""
     x1, y1, x2, y2 = bounding_box(points)
-    middle, half = ((x1 + x2) / 2, (y1 + y2) / 2), (max(x2 - x1, _SAME) / 2, max(y2 - y1, _SAME) / 2)
+    middle, half = ((x1 + x2) / 2, (y1 + y2) / 2), (max(x2 - x1, SAME) / 2, max(y2 - y1, SAME) / 2)
     return tuple((value - middle[i % 2]) / half[i % 2] for i, value in enumerate(points))
 
 

@@ -6,9 +6,8 @@ import shapely
 from shapely.geometry import LineString, Polygon, box
 from shapely.geometry.base import BaseGeometry
 
-from trainer.data.geometry import Size, bounding_box
+from trainer.data.geometry import SAME, Size, bounding_box
 
-_SAME = 1e-6  # pixels; a float product of exact turns and shifts is off by less
 _NOTHING = 1e-3  # pixels, or square pixels: what only touches an edge has less inside
 
 
@@ -28,7 +27,7 @@ def clip(points: Sequence[float], size: Size, *, is_line: bool) -> tuple[tuple[f
     """
     x1, y1, x2, y2 = bounding_box(points)
     width, height = size
-    if x1 >= -_SAME and y1 >= -_SAME and x2 <= width + _SAME and y2 <= height + _SAME:
+    if x1 >= -SAME and y1 >= -SAME and x2 <= width + SAME and y2 <= height + SAME:
         return inside(points, size), 1.0
     if x1 > width or y1 > height or x2 < 0 or y2 < 0:
         return (), 0.0
@@ -50,7 +49,7 @@ def clip(points: Sequence[float], size: Size, *, is_line: bool) -> tuple[tuple[f
 def _line(pairs: Sequence[tuple[float, float]], size: Size) -> tuple[BaseGeometry, BaseGeometry]:
     """A line as it is, and its pieces inside. An intersection would cut it where it crosses itself, too."""
     line = LineString(pairs)
-    return line, shapely.clip_by_rect(line, -_SAME, -_SAME, size[0] + _SAME, size[1] + _SAME)  # its edges count
+    return line, shapely.clip_by_rect(line, -SAME, -SAME, size[0] + SAME, size[1] + SAME)  # its edges count
 
 
 def _area(pairs: Sequence[tuple[float, float]], size: Size) -> tuple[BaseGeometry, BaseGeometry]:

@@ -16,6 +16,9 @@ Box = tuple[float, float, float, float]
 Size = tuple[int, int]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+SAME = 1e-6
+"""Pixels within which two coordinates are one: a float product of exact turns and shifts is off by less."""
+
 _UNITS: dict[EmitNorm, int] = {"norm1000": 1000, "norm100": 100}
 
 
@@ -52,6 +55,12 @@ def bounding_box(points: Sequence[float]) -> Box:
     """The smallest upright box (x1, y1, x2, y2) around flat points, in their own frame."""
     xs, ys = points[0::2], points[1::2]
     return min(xs), min(ys), max(xs), max(ys)
+
+
+def corners(box: Sequence[float]) -> tuple[float, ...]:
+    """The corners of a box (x1, y1, x2, y2) as flat points, clockwise from the upper left one."""
+    x1, y1, x2, y2 = box
+    return (x1, y1, x2, y1, x2, y2, x1, y2)
 
 
 def iou(a: Box, b: Box) -> float:

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.geometry import Size
+from trainer.data.geometry import SAME, Size, corners
 
 Pixels = NDArray[np.uint8]
 Colour = Callable[[Pixels], Pixels]
@@ -32,8 +32,6 @@ LARGEST_CANVAS = 2**27
 """Pixels in all: as many as an image on disk may have."""
 
 _ROWS = 256
-
-_SAME = 1e-6  # pixels; a float product of exact turns and shifts is off by less
 
 
 def compose(outer: Matrix, inner: Matrix) -> Matrix:
@@ -81,7 +79,7 @@ class Warp:
     @classmethod
     def of(cls, size: Size) -> "Warp":
         """An image of (width, height) as it is."""
-        return cls(size, size, IDENTITY, _corners(0, 0, *size))
+        return cls(size, size, IDENTITY, corners((0, 0, *size)))
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -139,26 +137,22 @@ class Warp:
         for a, b, c in self._cutting_edges():
             for top in range(0, len(y), _ROWS):  # in strips: the depths of all pixels would take eight bytes each
                 rows = slice(top, top + _ROWS)
-                drawn[rows][(a * x)[None, :] + (b * y[rows] + c)[:, None] < -_SAME] = FILL
+                drawn[rows][(a * x)[None, :] + (b * y[rows] + c)[:, None] < -SAME] = FILL
 
     def _cutting_edges(self) -> list[tuple[float, float, float]]:
         """Edges of the polygon that leave a part of the canvas outside; a x + b y + c is the depth inside in pixels."""
         xs, ys = self.visible[0::2], self.visible[1::2]
         turn = -1.0 if _area(self.visible) < 0 else 1.0
-        corners = _corners(0, 0, *self.size)
+        canvas = corners((0, 0, *self.size))
         edges = []
         for i in range(len(xs)):
             x, y, across, down = xs[i - 1], ys[i - 1], xs[i] - xs[i - 1], ys[i] - ys[i - 1]
             length = turn * math.hypot(across, down)
-            if abs(length) > _SAME:
+            if abs(length) > SAME:
                 a, b, c = -down / length, across / length, (down * x - across * y) / length
-                if any(a * x + b * y + c < -_SAME for x, y in zip(corners[0::2], corners[1::2], strict=True)):
+                if any(a * x + b * y + c < -SAME for x, y in zip(canvas[0::2], canvas[1::2], strict=True)):
                     edges.append((a, b, c))
         return edges
-
-
-def _corners(x1: float, y1: float, x2: float, y2: float) -> tuple[float, ...]:
-    return (x1, y1, x2, y1, x2, y2, x1, y2)
 
 
 def _area(points: Sequence[float]) -> float:
