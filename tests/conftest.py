@@ -163,5 +163,6 @@ def make_parts() -> MakeParts:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--screenshots docs` keeps what the browser tests see, for the documentation."""
+    """`--screenshots docs` keeps what the browser tests see, for the documentation; `--long` is for `tests/faults`."""
     parser.addoption("--screenshots", help="folder that the browser tests write their screenshots to")
+    parser.addoption("--long", action="store_true", help="faults as often as docs/reliability.md says: an hour")

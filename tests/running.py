@@ -5,11 +5,9 @@ import functools
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +17,12 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 
+from tests.server_process import ServerProcess, free_port, started
 from trainer import names
+from trainer.begin import Begun, open_tracker
+from trainer.runs import Identity, new_run
+from trainer.tracker import SpoolTracker
+from trainer.tracking import reach_store
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,6 +120,14 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
     raise AssertionError(f"{text!r} never came; standard error was:\n{''.join(seen)}")
 
 
+def open_run(*, run_name: str, parent_run_id: str | None = None, close_seconds: float = 20) -> SpoolTracker:
+    """The tracker of a new run whose folder lies below the current one; the store is that of the environment."""
+    store = reach_store()
+    folder = new_run(Path("runs"), Identity(run_name, {}, store.name))
+    begun = Begun(folder.path, None, folder=folder)
+    return open_tracker(begun, store, run_name=run_name, close_seconds=close_seconds, parent_run_id=parent_run_id)
+
+
 @contextmanager
 def without_mlflow_variables() -> Iterator[None]:
     """No variable of MLflow's while this lasts; afterwards all variables, and MLflow's own store, are as before."""
@@ -138,29 +149,19 @@ def runs_in(store: str, experiment: str = names.EXPERIMENT) -> list[Run]:
     return list(client.search_runs([found.experiment_id])) if found else []
 
 
+def mlflow_process(folder: Path, store: str, port: int | None = None) -> ServerProcess:
+    """A real `mlflow server` with artifacts in `folder`, on a free port unless one is given; not yet started."""
+    port = port or free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
+    command += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1"]
+    return ServerProcess(command, folder, port, environment(None, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"))
+
+
 @contextmanager
 def mlflow_server(folder: Path, store: str) -> Iterator[str]:
     """A real `mlflow server` on a free port, artifacts in `folder`; its host and port."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
-    command += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1"]
-    variables = environment(None, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=log, start_new_session=True)
-        try:
-            deadline = time.monotonic() + 120
-            while time.monotonic() < deadline and process.poll() is None:
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.2)
-            else:
-                raise AssertionError((folder / "log.txt").read_text())
-            yield f"127.0.0.1:{port}"
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)  # asked politely it takes twenty seconds
-            process.wait(30)
+    with started(mlflow_process(folder, store)) as server:  # asked politely to end, it takes twenty seconds
+        yield f"127.0.0.1:{server.port}"
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,33 @@
 """Command line of the trainer: `python -m trainer COMMAND`; turns our errors into one message and an exit status."""
 
-import math
 import os
-import signal
 import sys
 import time
 import traceback
-from types import FrameType
+from pathlib import Path
 from typing import NoReturn
 
 import click
 
-from trainer import data_commands, launch
-from trainer.errors import TrainingStopped, UserError
-from trainer.options import EXTRA, OVERRIDES_HELP, config_options, quiet_libraries, resolve, tell
+from trainer import data_commands, launch, redact, sync_command
+from trainer.config.resolved import Resolved
+from trainer.errors import Interrupted, TrainingStopped, UserError
+from trainer.options import (
+    EXTRA,
+    OVERRIDES_HELP,
+    config_options,
+    is_true,
+    quiet_libraries,
+    resolve,
+    resume_options,
+    tell,
+)
+from trainer.redact import RedactedStream
+from trainer.signals import SIGNALS, end_with_parent
 
 EXIT_ERROR, EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 
-_SAME_WISH_SECONDS = 5.0
-"""Signals that follow the first so soon ask for the same thing: under `mlflow run`, Ctrl-C reaches us from the terminal
-and again from MLflow, and must not interrupt the closing of the run."""
+_LET_SPEAK_SECONDS = 5.0
 
 _HELP = """
 \b
@@ -36,33 +44,49 @@ def cli() -> None:
 
 @cli.command(context_settings=EXTRA, epilog=OVERRIDES_HELP)
 @config_options
-def run(context: click.Context, config: str, profile: str | None, **short: str | None) -> None:
-    """Train one configuration and log it to MLflow."""
+@resume_options
+def run(
+    context: click.Context, config: str, profile: str | None, resume: str, allow_drift: str, **short: str | None
+) -> None:
+    """Train one configuration and log it to MLflow; go on with it where it was interrupted."""
     try:
         resolved = resolve(context, config, profile, short)
+        drift = is_true("--allow-drift", allow_drift)
         quiet_libraries()
         from trainer import gpus, tracking  # MLflow and torch, only when the configuration is known to be right
 
-        if launch.is_first():
-            tracking.reach_store()
+        store = tracking.reach_store() if launch.is_first() else None
         if resolved.config.launch.nproc > 1 and not launch.is_rank():
-            if status := launch.start(resolved.config.launch.nproc, sys.argv[1:]):
-                raise SystemExit(status)
+            _run_ranks(resolved)
             return
         gpus.see_only(resolved.config.launch.gpus)
         tell(resolved)
+        if store is not None and store.away:
+            click.echo(f"{store.name} does not answer ({store.away}); what is logged is kept beside the run", err=True)
         from trainer import run as root
         from trainer.show import show_outcome
 
-        outcome = root.run(resolved)
+        outcome = root.run(resolved, store=store, resume_from=resume or "auto", allow_drift=drift)
         if launch.is_first():
             show_outcome(outcome)
     except BaseException as error:
         if os.environ.get("MLFLOW_RUN_ID") and launch.is_first():
+            from trainer.tracker import status_after
             from trainer.tracking import abandon
 
-            abandon(error)
+            abandon(error, status_after(error))
         raise
+
+
+def _run_ranks(resolved: Resolved) -> None:
+    """Train on several ranks; where they died without a word, the run is closed for them."""
+    status = launch.start(resolved.config.launch.nproc, sys.argv[1:])
+    if status:
+        from trainer.sync import close_dead
+
+        for line in close_dead(Path(resolved.config.training.output_dir)):
+            click.echo(line, err=True)
+        raise SystemExit(status)
 
 
 @cli.command(context_settings=EXTRA, epilog=OVERRIDES_HELP)
@@ -82,40 +106,22 @@ def plan(context: click.Context, config: str, profile: str | None, **short: str 
 def pocket_base(output_dir: str) -> None:
     """Train the built-in base model again, from random weights (its figures are in its pocket.json)."""
     quiet_libraries()
+    from trainer.begin import open_aside
     from trainer.facts import log_base
     from trainer.pocket import train_base
-    from trainer.tracking import open_run
 
-    with open_run(run_name="pocket_base") as tracker:
+    with open_aside("pocket_base") as tracker:
         log_base(tracker, train_base(output_dir))
 
 
-for command in (data_commands.validate, data_commands.preview, data_commands.convert):
+for command in (data_commands.validate, data_commands.preview, data_commands.convert, sync_command.sync):
     cli.add_command(command)
-
-
-def _stop_on_signals() -> None:
-    """Turn Ctrl-C, termination and a closed terminal into exceptions, so that a run is closed as what it is."""
-    asked = -math.inf
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        before, asked = asked, time.monotonic()
-        if asked - before < _SAME_WISH_SECONDS:
-            return
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell that keeps Ctrl-C from its background
-            signal.signal(number, stop)
 
 
 def _let_the_first_rank_speak() -> None:
     """What stops one rank nearly always stops all: the first says it, and its end ends the others while they wait."""
     if not launch.is_first():
-        time.sleep(_SAME_WISH_SECONDS)
+        time.sleep(_LET_SPEAK_SECONDS)
 
 
 def _status() -> int:
@@ -133,6 +139,10 @@ def _status() -> int:
         _let_the_first_rank_speak()
         click.echo(f"stopped: {error}", err=True)
         return EXIT_STOPPED
+    except Interrupted as error:
+        if launch.is_first():
+            click.echo(f"interrupted {error}; the same command goes on from there", err=True)
+        return SIGNALS.status
     except (KeyboardInterrupt, click.Abort):
         if not launch.is_rank():  # whoever started the ranks says it
             click.echo("interrupted", err=True)
@@ -146,7 +156,11 @@ def _status() -> int:
 
 def main() -> NoReturn:
     """The command line."""
-    _stop_on_signals()
+    redactor = redact.of_environment()
+    sys.stdout, sys.stderr = RedactedStream(sys.stdout, redactor), RedactedStream(sys.stderr, redactor)
+    SIGNALS.install(is_rank=launch.is_rank())
+    if launch.is_rank() or os.environ.get("MLFLOW_RUN_ID"):
+        end_with_parent(under_mlflow=not launch.is_rank())
     try:
         status = _status()
     except SystemExit as ending:  # a signal, or the status of the ranks that were started

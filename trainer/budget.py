@@ -77,6 +77,7 @@ def cadence_from(config: Config, budget: Budget) -> Cadence:
         total_steps=total,
         n_samples=budget.samples,
         eval_steps=frozenset(range(0, total, training.eval_steps)),
+        resume_steps=frozenset(range(0, total, training.resume_steps or training.eval_steps)) - {0},
         save_steps=frozenset(step for step in saves if training.save_delay_steps <= step < total),
         save_best_from=max(1, min(training.save_delay_steps, total)),
         patience=training.early_stopping_patience,

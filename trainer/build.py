@@ -1,17 +1,15 @@
 """Turns sections of the configuration into the values and objects that everything below takes: where config stops."""
 
-import re
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import track
+from transformers import Qwen3VLForConditionalGeneration
 
 from trainer import launch
 from trainer.budget import Budget, budget_from, schedule_from
@@ -23,10 +21,9 @@ from trainer.data.loader import SampleCache, SampleSet
 from trainer.data.template import Encoder
 from trainer.datasets import Data, check_first_epoch, check_lengths, make_encoder, mix_from, read_data, unknown_mark
 from trainer.engine import Engine
-from trainer.errors import ConfigError
 from trainer.gpus import stand_ins
 from trainer.metrics import Meter
-from trainer.model import SupervisedLoss, Tools, TrainedTensor, load_tools, parameter_shapes
+from trainer.model import SupervisedLoss, Tools, TrainedTensor, load_model, load_tools, parameter_shapes
 from trainer.optim import Schedule
 from trainer.raw_strategy import RawStrategy, raw_rules
 from trainer.strategy import Lora, Method, ParameterPlan, Part, Shapes, Strategy, Target, make_plan, plan_rules
@@ -94,23 +91,6 @@ def arm_name(resolved: Resolved) -> str:
     return resolved.name + "".join(changed)
 
 
-def make_output_folder(parent: str, run_name: str) -> Path:
-    """A folder of its own for a run's checkpoints, made now: better to hear now that it cannot be written.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
-    safe = re.sub(r"[^\w.+=-]+", "-", run_name)[:150].strip(".-") or "run"  # a regular expression can be long
-    folder = Path(parent) / f"{safe}-{uuid.uuid4().hex[:8]}"
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(
-            "training.output_dir", f"{folder}: {error.strerror}", "a folder that can be written", "choose another"
-        ) from None
-    return folder
-
-
 def zero_from(resolved: Resolved) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     """DeepSpeed's settings, None where it is off, and what of them changes nothing.
 
@@ -142,6 +122,17 @@ def join_ranks(prepared: Prepared, config: Config) -> Accelerator:
 
     accelerator: Accelerator = launch.join(config.launch.nproc, make_zero if prepared.zero is not None else None)
     return accelerator
+
+
+def load_base(config: Config, tools: Tools) -> Qwen3VLForConditionalGeneration:
+    """The base model, not wrapped yet.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    of = config.model
+    dtype = getattr(torch, of.torch_dtype)
+    return load_model(of.model, tools, dtype=dtype, attn_impl=of.attn_impl, seed=config.training.seed)
 
 
 def make_engine(

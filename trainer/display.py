@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from trainer import names
-from trainer.events import CheckpointSaved, EvalDone, Event, GatePassed, StepDone, StoppedEarly
+from trainer.events import CheckpointSaved, EvalDone, Event, GatePassed, SaveFailed, StepDone, StoppedEarly
 
 
 class Display:
@@ -46,6 +46,9 @@ class Display:
                 self._line(event.seen.step, f"evaluated in {event.seconds:.1f} s: {_shown(row)}", always=True)
             case CheckpointSaved():
                 self._line(event.seen.step, f"saved {event.kind} ({event.size_bytes / 1e6:.1f} MB)")
+            case SaveFailed():
+                kept = "what was saved before is untouched"
+                self._line(event.seen.step, f"could not save {event.what}: {event.reason}; {kept}", always=True)
             case GatePassed():
                 self._line(event.seen.step, "training gate passed: every planned tensor trains, no other has changed")
             case StoppedEarly():

@@ -5,17 +5,20 @@ DistributedDataParallel and DeepSpeed divide by the number of ranks, and the los
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
 from trainer.data.loader import Batch
 from trainer.model import SupervisedLoss, TrainedTensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW remembers of every tensor: running means of its gradient and of the gradient's square."""
 
 
 class Engine:
@@ -108,6 +111,25 @@ class Engine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def moments(self, tensor: TrainedTensor) -> dict[str, Tensor]:
+        """What the optimizer remembers of a tensor, by name, each of the tensor's shape; all ranks ask together."""
+        state = self.optimizer.state[tensor.parameter]
+        return {name: state[name] for name in MOMENTS}
+
+    def load_moments(self, updates: int, moment: Callable[[TrainedTensor, str], Tensor]) -> None:
+        """Give the optimizer its memory back; all ranks together.
+
+        Args:
+            updates: how many it has made.
+            moment: the whole of what it remembers of a tensor under a name (see `MOMENTS`).
+        """
+        for tensor in self.trained:
+            parameter = tensor.parameter
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(updates), device=parameter.device),
+                **{name: moment(tensor, name).to(parameter.device) for name in MOMENTS},
+            }
+
     def sum(self, *values: float) -> list[float]:
         """Sums over all ranks, in float64."""
         if self.ranks == 1:
@@ -115,6 +137,12 @@ class Engine:
         total: Tensor = self._accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.device), "sum")
         sums: list[float] = total.tolist()
         return sums
+
+    def from_first(self, value: Tensor) -> Tensor:
+        """The first rank's values of a tensor that every rank has in the same shape."""
+        if self.ranks > 1:
+            value = broadcast(value.to(self.device), from_process=0)
+        return value
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The lists of all ranks, end to end."""

@@ -1,5 +1,16 @@
 """The mistakes a user can make and the reasons a run stops itself, as exceptions with clear messages."""
 
+import re
+
+_CAUSE = re.compile(r"\[Errno \d+\] [^'\")]+|[Tt]imed out|(?<=failed with error code )\d+")
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, in one line: of the long story that a network library tells, its end."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    found = _CAUSE.findall(text) if len(text) > 100 else []
+    return found[-1] if found else text
+
 
 class UserError(ValueError):
     """A user's mistake, told in four parts; the command line prints it and exits with status 2."""
@@ -43,3 +54,7 @@ class TrackingError(UserError):
 
 class TrainingStopped(RuntimeError):
     """Training stopped itself (gate, non-finite loss or gradient); the command line exits with status 3."""
+
+
+class Interrupted(RuntimeError):
+    """Training was asked to end, and has written a resume point; the command line exits as signals do."""

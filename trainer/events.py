@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 EVAL, PROBE, OOD, EXCHANGED = "eval", "probe", "ood", "exchanged_images"
 """The evaluation sets: validation, a part of training, out of domain, validation with images exchanged."""
@@ -69,6 +70,29 @@ class EvalDone:
     seconds: float
 
 
+def eval_done_of(tree: Mapping[str, Any]) -> EvalDone:
+    """The event that `dataclasses.asdict` has made a tree of.
+
+    Raises:
+        KeyError, TypeError: it is another tree.
+    """
+    losses = {
+        name: RecordLosses(*(tuple(of_set[field.name]) for field in fields(RecordLosses)))
+        for name, of_set in tree["losses"].items()
+    }
+    return EvalDone(Seen(**tree["seen"]), losses, tree["seconds"])
+
+
+@dataclass(frozen=True, slots=True)
+class SaveFailed:
+    """A checkpoint could not be written, of lack of room for example; what was there before is untouched."""
+
+    seen: Seen
+    what: str
+    """`best`, `step-N`, or `resume point`."""
+    reason: str
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointSaved:
     """A checkpoint is complete on disk."""
@@ -95,4 +119,4 @@ class StoppedEarly:
     evaluations: int
 
 
-Event = StepDone | EvalDone | CheckpointSaved | GatePassed | StoppedEarly
+Event = StepDone | EvalDone | CheckpointSaved | SaveFailed | GatePassed | StoppedEarly

@@ -21,10 +21,24 @@ from trainer.events import CheckpointSaved, EvalDone
 from trainer.gate import Gate
 from trainer.generation import Caption
 from trainer.strategy import Method, ParameterPlan
-from trainer.tracking import Tracker
+from trainer.tracker import Tracker
 
+DIGESTS = (names.TAG_TRAIN_DIGEST, names.TAG_VAL_DIGEST, names.TAG_BASE_DIGEST)
+"""What a run rests on that lies outside its configuration."""
 _PREVIEWED = 2
 """Epochs in which a run's own sheet shows each record."""
+
+
+def rests_on(resolved: Resolved, prepared: Prepared) -> dict[str, str]:
+    """What a training is made of beside its configuration: the arm's name, data, base weights, effective batch."""
+    data, config = prepared.data, resolved.config
+    return {
+        names.TAG_STRATEGY: prepared.name,
+        names.TAG_TRAIN_DIGEST: data_digest(data.train),
+        names.TAG_VAL_DIGEST: data_digest(data.val),
+        names.TAG_BASE_DIGEST: provenance.base_digest(config.model.model, config.training.seed),
+        names.EFFECTIVE_BATCH_PACKS: str(prepared.budget.effective_batch),
+    }
 
 
 def log_start(
@@ -32,20 +46,17 @@ def log_start(
     resolved: Resolved,
     prepared: Prepared,
     dtypes: Mapping[str, str],
+    rests: Mapping[str, str],
 ) -> None:
     """All that is known before the first step; `dtypes` is part -> number format of what trains of it."""
     config, plan, data, budget = resolved.config, prepared.plan, prepared.data, prepared.budget
-    digests = {part: data_digest(records) for part, records in (("train", data.train), ("val", data.val))}
     tracker.tags(
         {
-            names.TAG_STRATEGY: prepared.name,
             names.TAG_SEED: str(config.training.seed),
             names.TAG_PROFILE: resolved.profile or "none",
             names.TAG_GATE: "open",
             names.TAG_CODE_VERSION: provenance.code_version(),
-            names.TAG_TRAIN_DIGEST: digests["train"],
-            names.TAG_VAL_DIGEST: digests["val"],
-            names.TAG_BASE_DIGEST: provenance.base_digest(config.model.model, config.training.seed),
+            **{tag: rests[tag] for tag in (names.TAG_STRATEGY, *DIGESTS)},
         }
     )
     tracker.params(
@@ -59,8 +70,8 @@ def log_start(
             **{names.SKIPPED_RECORDS + part: str(len(records.skipped)) for part, records in data.sets().items()},
         }
     )
-    tracker.dataset("train", digests["train"], str(data.train.path), "train")
-    tracker.dataset("val", digests["val"], str(data.val.path), "validation")
+    tracker.dataset("train", rests[names.TAG_TRAIN_DIGEST], str(data.train.path), "train")
+    tracker.dataset("val", rests[names.TAG_VAL_DIGEST], str(data.val.path), "validation")
     if data.ood is not None:
         tracker.dataset("ood", data_digest(data.ood), str(data.ood.path), "out_of_domain")
     tracker.description(description(resolved, prepared))

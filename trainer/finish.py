@@ -17,7 +17,7 @@ from trainer.facts import captions_text
 from trainer.generation import Caption, answer_lengths, caption
 from trainer.reporter import Reporter
 from trainer.scoring import Score
-from trainer.tracking import Tracker
+from trainer.tracker import Tracker
 
 _SPARE_TOKENS = 16
 """Generation may be this much longer than the longest true answer before it is cut."""

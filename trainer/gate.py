@@ -138,6 +138,27 @@ class Gate:
             "frozen": self._frozen_digests,
         }
 
+    def state(self) -> dict[str, Any]:
+        """What was seen so far, for a resume point; JSON-able. How the tensors start is not in it: see `restore`."""
+        return {
+            "gradient_norms": self._gradient_norms,
+            "update_norms": self._update_norms,
+            "seen_weights": self._seen_weights,
+            "looked_after": self._looked_after,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken. The gate was made from the tensors as they start, before any were loaded.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not a state.
+        """
+        self._gradient_norms = {str(name): float(norm) for name, norm in state["gradient_norms"].items()}
+        self._update_norms = {str(name): float(norm) for name, norm in state["update_norms"].items()}
+        self._seen_weights, self._looked_after = bool(state["seen_weights"]), int(state["looked_after"])
+        if self._seen_weights:
+            self._start.clear()
+
     def _judge_gradient(self, tensor: TrainedTensor, gradient: Tensor | None) -> None:
         if gradient is None:
             self._faults[tensor.name] = f"planned {tensor.method}, but it has no gradient"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainer.data.loader import Batch
 from trainer.engine import Engine
-from trainer.errors import TrainingStopped
+from trainer.errors import Interrupted, TrainingStopped
 from trainer.events import (
     EVAL,
     CheckpointSaved,
@@ -26,12 +26,14 @@ from trainer.events import (
     Event,
     GatePassed,
     RecordLosses,
+    SaveFailed,
     Seen,
     StepDone,
     StoppedEarly,
 )
 from trainer.gate import Gate
 from trainer.optim import Schedule, set_rates
+from trainer.position import NoWishes, Position, Progress, Wishes
 from trainer.seeds import derived_seed
 
 
@@ -54,33 +56,12 @@ class Cadence:
     """Training samples of an epoch."""
     eval_steps: frozenset[int]
     save_steps: frozenset[int] = frozenset()
+    resume_steps: frozenset[int] = frozenset()
+    """Where a resume point is written; one is in any case at the last step, and where somebody asks for it."""
     save_best_from: int | None = None
     """First step from which the lowest eval loss gets a `best` checkpoint (step 0 has no adapter); None: never."""
     patience: int | None = None
     """Evaluations without a new lowest eval loss after which training ends; None: it does not end early."""
-
-
-@dataclass(slots=True)
-class Progress:
-    """What evaluations have said so far."""
-
-    patience: int | None = None
-    evaluations: int = 0
-    lowest: float = math.inf
-    without_better: int = 0
-    """Evaluations since the lowest."""
-    best_saved: float = math.inf
-
-    def take(self, loss: float) -> None:
-        """Count an evaluation."""
-        self.evaluations += 1
-        self.without_better = 0 if loss < self.lowest else self.without_better + 1
-        self.lowest = min(self.lowest, loss)
-
-    @property
-    def stop(self) -> bool:
-        """Whether patience has run out."""
-        return self.patience is not None and self.without_better >= self.patience
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +80,12 @@ def fit(
     steps: Iterator[list[Batch]],
     eval_sets: Mapping[str, EvalSet],
     cadence: Cadence,
-    save: Callable[[Seen, str], CheckpointSaved],
+    save: Callable[[Seen, str], CheckpointSaved | SaveFailed],
     emit: Callable[[Event], None],
+    *,
+    keep: Callable[[Position], SaveFailed | None] = lambda _: None,
+    start: Position | None = None,
+    wishes: Wishes | None = None,
 ) -> Seen:
     """Train for `cadence.total_steps` optimizer steps; pass k of the loop sees the model after k updates.
 
@@ -108,46 +93,77 @@ def fit(
 
     Args:
         parts: engine, schedule, gate.
-        steps: this rank's micro-batches of one optimizer step, step after step.
+        steps: this rank's micro-batches of one optimizer step, step after step, from the first one that is not done.
         eval_sets: name -> set; `eval` decides which checkpoint is best, and when to stop early.
         cadence: when evaluating, saving and stopping are due.
         save: writes a checkpoint of the kind it is given (`best`, `last`, `step-N`).
         emit: gets every event, in order.
+        keep: writes a resume point.
+        start: where an interrupted training goes on; None: at the beginning.
+        wishes: of those outside; what one rank is asked for, all do.
 
     Raises:
         TrainingStopped: the gate failed, or loss or gradient was not finite; the weights are those before the update.
+        Interrupted: as wished; a resume point was written.
     """
-    seen, progress = Seen(), Progress(cadence.patience)
-    for step in range(cadence.total_steps + 1):
-        last = step == cadence.total_steps
+    here, wishes = start or Position(), wishes or NoWishes()
+    if here.ended:
+        return here.seen
+    for step in range(here.seen.step, cadence.total_steps + 1):
+        stop, save_now = (wish > 0 for wish in parts.engine.sum(wishes.stop, wishes.save))
+        if not here.passed:
+            if stop:
+                raise _interrupted(here, keep)
+            seen, last = here.seen, step == cadence.total_steps
+            progress, result = replace(here.progress, patience=cadence.patience), None
+            if last or step in cadence.eval_steps:
+                try:
+                    result = evaluate_all(parts.engine, eval_sets, seen, progress, wishes, last=last)
+                except _CutShort:
+                    raise _interrupted(here, keep) from None
+                if progress.stop and not last:
+                    emit(StoppedEarly(seen, progress.without_better))
+                    last = True
+                emit(result)
 
-        if last or step in cadence.eval_steps:
-            result = evaluate_all(parts.engine, eval_sets, seen, progress, last=last)
-            if progress.stop and not last:
-                emit(StoppedEarly(seen, progress.without_better))
-                last = True
-            emit(result)
+            if parts.gate.after_update(step, parts.engine.weight, last=last):
+                emit(GatePassed(seen))
 
-        if parts.gate.after_update(step, parts.engine.weight, last=last):
-            emit(GatePassed(seen))
+            if result is not None:
+                loss = result.losses[EVAL].mean()
+                if loss < progress.best_saved and cadence.save_best_from is not None and step >= cadence.save_best_from:
+                    emit(saved := save(seen, "best"))
+                    if isinstance(saved, CheckpointSaved):
+                        progress.best_saved = loss
 
-        if last or step in cadence.eval_steps:
-            loss = result.losses[EVAL].mean()
-            if loss < progress.best_saved and cadence.save_best_from is not None and step >= cadence.save_best_from:
-                progress.best_saved = loss
-                emit(save(seen, "best"))
-
-        if step in cadence.save_steps:
-            emit(save(seen, f"step-{step}"))
-        if last:
-            emit(save(seen, "last"))
-            return seen
+            if step in cadence.save_steps:
+                emit(save(seen, f"step-{step}"))
+            if last:
+                emit(save(seen, "last"))
+            here = Position(seen, progress, passed=True, ended=last)
+            if (last or save_now or step in cadence.resume_steps) and (failed := keep(here)):
+                emit(failed)
+            wishes.save = wishes.save and not save_now
+            if last:
+                return seen
 
         started = time.perf_counter()
-        done = train_step(parts, next(steps), seen, n_samples=cadence.n_samples)
-        seen = replace(done.seen, train_seconds=seen.train_seconds + time.perf_counter() - started)
+        done = train_step(parts, next(steps), here.seen, n_samples=cadence.n_samples)
+        seen = replace(done.seen, train_seconds=here.seen.train_seconds + time.perf_counter() - started)
         emit(replace(done, seen=seen))
+        here = Position(seen, here.progress)
     raise AssertionError("the last pass returns")
+
+
+class _CutShort(Exception):
+    """An evaluation was given up because training is to end."""
+
+
+def _interrupted(here: Position, keep: Callable[[Position], SaveFailed | None]) -> Interrupted:
+    """What ends training on request, after a resume point was written."""
+    failed = keep(here)
+    kept = f"no resume point could be written ({failed.reason})" if failed else "a resume point is written"
+    return Interrupted(f"after optimizer step {here.seen.step}, {kept}")
 
 
 def train_step(parts: Parts, micro_batches: Sequence[Batch], seen: Seen, *, n_samples: int) -> StepDone:
@@ -176,33 +192,42 @@ def train_step(parts: Parts, micro_batches: Sequence[Batch], seen: Seen, *, n_sa
     return StepDone(seen, loss_sum / supervised, supervised, rates, norms)
 
 
-def evaluate(engine: Engine, batches: Iterable[Batch]) -> RecordLosses:
-    """Loss of every record of one set, in eval mode; each rank runs its share and gets the whole."""
+def evaluate(engine: Engine, batches: Iterable[Batch], wishes: Wishes | None = None) -> RecordLosses:
+    """Loss of every record of one set, in eval mode; each rank runs its share and gets the whole.
+
+    Raises:
+        _CutShort: on all ranks, when one of them was asked to end.
+    """
     engine.loss.eval()
     rows: list[tuple[str, str | None, float, int]] = []
     for batch in batches:
+        if wishes is not None and wishes.stop:
+            break
         nll = engine.evaluate(batch).double()
         sums = [piece.sum().item() for piece in batch.per_record(nll)]
         rows += zip(batch.record_ids, batch.domains, sums, batch.supervised_counts, strict=True)
+    if wishes is not None and engine.sum(wishes.stop)[0]:
+        raise _CutShort
     ids, domains, loss_sums, counts = zip(*engine.gather(rows), strict=True)
     return RecordLosses(ids, domains, loss_sums, counts)
 
 
 def evaluate_all(
-    engine: Engine, eval_sets: Mapping[str, EvalSet], seen: Seen, progress: Progress, *, last: bool
+    engine: Engine, eval_sets: Mapping[str, EvalSet], seen: Seen, progress: Progress, wishes: Wishes, *, last: bool
 ) -> EvalDone:
     """Evaluate `eval`, which may say that this is the last time, and then the other sets that are due.
 
     Raises:
         TrainingStopped: a loss is not finite.
+        _CutShort: somebody has asked for the end.
     """
-    started = time.perf_counter()
-    losses = {EVAL: evaluate(engine, eval_sets[EVAL].batches())}
-    number = progress.evaluations
-    progress.take(losses[EVAL].mean())
-    for name, eval_set in eval_sets.items():
-        if name != EVAL and (last or progress.stop or number % eval_set.every == 0):
-            losses[name] = evaluate(engine, eval_set.batches())
+    started, number = time.perf_counter(), progress.evaluations
+    losses: dict[str, RecordLosses] = {}
+    for name in sorted(eval_sets, key=lambda name: name != EVAL):
+        if name == EVAL or last or progress.stop or number % eval_sets[name].every == 0:
+            losses[name] = evaluate(engine, eval_sets[name].batches(), wishes)
+        if name == EVAL:
+            progress.take(losses[EVAL].mean())
     result = EvalDone(seen, losses, time.perf_counter() - started)
     _stop_if_eval_not_finite(result)
     return result

@@ -3,8 +3,9 @@
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from trainer import names
 from trainer.events import (
@@ -17,6 +18,7 @@ from trainer.events import (
     Event,
     GatePassed,
     RecordLosses,
+    SaveFailed,
     Seen,
     StepDone,
     StoppedEarly,
@@ -48,6 +50,14 @@ class Smoothing:
         self._sum = self._weight * self._sum + (1 - self._weight) * value
         return self._sum / (1 - self._weight**self._count)
 
+    def state(self) -> list[float]:
+        """What `restore` takes."""
+        return [self._sum, self._count]
+
+    def restore(self, state: Sequence[float]) -> None:
+        """Go on where `state` was taken."""
+        self._sum, self._count = float(state[0]), int(state[1])
+
 
 class Spikes:
     """Counts the train rows that lie above the median of the rows before them by more than `SPIKE_MADS` MADs."""
@@ -65,6 +75,15 @@ class Spikes:
             self._count += loss > median + SPIKE_MADS * mad
         self._recent.append(loss)
         return self._count
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes."""
+        return {"recent": list(self._recent), "count": self._count}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self._recent = deque(map(float, state["recent"]), maxlen=SPIKE_WINDOW)
+        self._count = int(state["count"])
 
 
 @dataclass(slots=True)
@@ -106,8 +125,38 @@ class Meter:
                 return {names.CHECKPOINT_BYTES: float(event.size_bytes)}
             case StoppedEarly():
                 return self._train_row(self._without_row) if self._without_row else {}
-            case GatePassed():
+            case GatePassed() | SaveFailed():
                 return {}
+
+    def state(self) -> dict[str, Any]:
+        """All that rows to come depend on, for a resume point; JSON-able."""
+        return {
+            "smoothing": [self._train.state(), self._eval.state()],
+            "spikes": self._spikes.state(),
+            "window": asdict(self._window),
+            "row_seen": asdict(self._row_seen),
+            "train_smoothed": self._train_smoothed,
+            "evals": [[loss, asdict(seen)] for loss, seen in self._evals],
+            "evaluation_seconds": self._evaluation_seconds,
+            "without_row": None if self._without_row is None else asdict(self._without_row),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not a state.
+        """
+        for smoothing, of_it in zip((self._train, self._eval), state["smoothing"], strict=True):
+            smoothing.restore(of_it)
+        self._spikes.restore(state["spikes"])
+        self._window = _Window(**state["window"])
+        self._row_seen = Seen(**state["row_seen"])
+        self._train_smoothed = state["train_smoothed"]
+        self._evals = [(float(loss), Seen(**seen)) for loss, seen in state["evals"]]
+        self._evaluation_seconds = float(state["evaluation_seconds"])
+        step = state["without_row"]
+        self._without_row = None if step is None else StepDone(**{**step, "seen": Seen(**step["seen"])})
 
     def _step_row(self, event: StepDone) -> Row:
         self._window.loss_sum += event.loss * event.supervised_tokens

@@ -115,6 +115,7 @@ IMAGE_PROCESSOR = "image_processor"
 SKIPPED_RECORDS = "skipped_records/"
 
 # Tags
+TAG_NOTE = "mlflow.note.content"  # MLflow's own: the description that its UI renders
 TAG_STRATEGY = "strategy"
 TAG_SEED = "seed"
 TAG_PROFILE = "profile"
@@ -123,7 +124,10 @@ TAG_CODE_VERSION = "code.version"
 TAG_TRAIN_DIGEST = "data.train_digest"
 TAG_VAL_DIGEST = "data.val_digest"
 TAG_BASE_DIGEST = "base_model.digest"
-TAG_CONTINUED_IN = "continued_in"
+TAG_CONTINUED_IN = "continued_in"  # of a run that `mlflow run` made for a training which another run already held
+TAG_KEY = "training_key"  # of one training, however often it is interrupted: how a run is found that was made before
+TAG_RESUMED_AT = "resumed_at"  # optimizer steps
+TAG_DRIFT = "param_drift"  # what was changed in the configuration when a run was resumed, as JSON
 TAG_RESULT = "result_checkpoint"
 TAG_STOPPED_EARLY = "stopped_early"
 TAG_SOURCE = "source"  # of a run that we have not trained: published, tensorboard; it has no gate to pass

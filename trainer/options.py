@@ -38,6 +38,36 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def resume_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Whether an interrupted run is gone on with."""
+    command = click.option(
+        "--resume",
+        default="auto",
+        help="auto: go on with the newest interrupted run of this configuration in output_dir; never: a new run; "
+        "or the folder of an interrupted run, or of one of its resume points.  [default: auto]",
+    )(command)
+    return click.option(
+        "--allow-drift",
+        "--allow_drift",
+        is_flag=False,
+        flag_value="true",
+        default="",
+        help="Go on also under another configuration; the differences become the tag param_drift.",
+    )(command)
+
+
+def is_true(option: str, value: str) -> bool:
+    """What `--option`, `--option true` and, from an entry point that was not given it, `--option ''` mean.
+
+    Raises:
+        click.UsageError: anything else.
+    """
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}
+    if value.lower() not in known:
+        raise click.UsageError(f"{option} {value!r}: expected true or false")
+    return known[value.lower()]
+
+
 def resolve(context: click.Context, config: str, profile: str | None, short: dict[str, str | None]) -> Resolved:
     """The configuration that a command line means, as it holds on this machine.
 

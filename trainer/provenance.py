@@ -73,6 +73,13 @@ def environment() -> dict[str, Any]:
     }
 
 
+def made_with() -> dict[str, Any]:
+    """What, beside the configuration, decides about the last bit of a number: code, torch, threads."""
+    import torch
+
+    return {"code": code_version(), "torch": str(torch.__version__), "threads": torch.get_num_threads()}
+
+
 def _installed() -> Iterator[tuple[str, str]]:
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):

@@ -2,15 +2,17 @@
 
 import resource
 from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 import psutil
 import torch
 
 from trainer import names
 from trainer.display import Display
-from trainer.events import CheckpointSaved, EvalDone, Event, StepDone, StoppedEarly
+from trainer.events import CheckpointSaved, EvalDone, Event, Seen, StepDone, StoppedEarly, eval_done_of
 from trainer.metrics import Meter
-from trainer.tracking import Tracker
+from trainer.tracker import Tracker
 
 
 class Reporter:
@@ -45,6 +47,31 @@ class Reporter:
             case StoppedEarly():
                 self._tracker.tags({names.TAG_STOPPED_EARLY: f"step {event.seen.step}"})
         self._display.event(event, row)
+        for notice in self._tracker.notices():
+            self.say(notice)
+
+    def state(self) -> dict[str, Any]:
+        """All that is reported later, for a resume point; JSON-able."""
+        return {
+            "meter": self._meter.state(),
+            "latest": self.latest,
+            "evaluations": {kind: asdict(event) for kind, event in self.evaluations.items()},
+            "checkpoints": {kind: asdict(event) for kind, event in self.checkpoints.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not a state.
+        """
+        self._meter.restore(state["meter"])
+        self.latest = {str(name): float(value) for name, value in state["latest"].items()}
+        self.evaluations = {kind: eval_done_of(event) for kind, event in state["evaluations"].items()}
+        self.checkpoints = {
+            kind: CheckpointSaved(**{**event, "seen": Seen(**event["seen"])})
+            for kind, event in state["checkpoints"].items()
+        }
 
     def log(self, row: Mapping[str, float], step: int) -> None:
         """Log a row that no event brings, such as the scores of generated captions."""

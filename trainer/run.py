@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from trainer import build, facts, launch
+from trainer import build, facts, launch, resume
+from trainer.begin import AUTO, begin_on_ranks, open_tracker, restored
 from trainer.budget import cadence_from
 from trainer.checkpoint import Saver
 from trainer.config.resolved import Resolved
@@ -16,10 +15,14 @@ from trainer.finish import score_checkpoints
 from trainer.gate import Gate
 from trainer.gradient_checkpointing import checkpoint_layers
 from trainer.loop import Parts, fit
-from trainer.model import SupervisedLoss, apply_plan, dtypes, load_model, trained_tensors
+from trainer.model import SupervisedLoss, apply_plan, dtypes, trained_tensors
 from trainer.optim import make_optimizer
+from trainer.position import Position
 from trainer.reporter import Reporter
-from trainer.tracking import Tracker, open_run
+from trainer.runs import Identity
+from trainer.signals import SIGNALS
+from trainer.tracker import Tracker
+from trainer.tracking import Store, reach_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,71 +30,87 @@ class Outcome:
     """What a finished run leaves behind."""
 
     run_id: str
+    """Empty where its store has been away all the time."""
     adapter: Path
     """The checkpoint that is the run's result."""
     metrics: dict[str, float]
     """Last value of every metric."""
     gate: str
+    waiting: int
+    """Entries that are not delivered yet."""
 
 
-def run(resolved: Resolved) -> Outcome:
+def run(
+    resolved: Resolved, *, store: Store | None = None, resume_from: str = AUTO, allow_drift: bool = False
+) -> Outcome:
     """Train one configuration from records to checkpoints, and log it all.
+
+    Args:
+        resolved: the configuration.
+        store: where to log; None: to that of the environment.
+        resume_from: `auto`, `never`, or the folder of an interrupted run; see `begin`.
+        allow_drift: whether that one may be gone on with under another configuration.
 
     Raises:
         UserError: before anything was started in MLflow.
         TrainingStopped: the gate failed or a number was not finite; the MLflow run is FAILED.
+        Interrupted: somebody has asked for the end; the run can be resumed.
     """
     prepared = build.prepare(resolved)
     config, training, budget = resolved.config, resolved.config.training, prepared.budget
     run_name = training.run_name or f"{prepared.name}-seed{training.seed}"
     accelerator = build.join_ranks(prepared, config)
     rank, ranks, first = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    output: Path = launch.on_first_rank(accelerator, lambda: build.make_output_folder(training.output_dir, run_name))
+    store = store or launch.on_first_rank(accelerator, reach_store)
+    rests = launch.on_first_rank(accelerator, lambda: facts.rests_on(resolved, prepared))
+    identity = Identity(run_name, {**resolved.params(), **rests}, store.name)
+    output = Path(training.output_dir)
+    with begin_on_ranks(accelerator, identity, output, resume=resume_from, allow_drift=allow_drift) as begun:
+        # model, wrapped as the plan says
+        model = apply_plan(build.load_base(config, prepared.tools), prepared.plan, seed=training.seed)
+        checkpoint_layers(model, build.checkpointed_parts(config))
+        trained = list(trained_tensors(model))
 
-    # model, wrapped as the plan says
-    base = load_model(
-        config.model.model,
-        prepared.tools,
-        dtype=getattr(torch, config.model.torch_dtype),
-        attn_impl=config.model.attn_impl,
-        seed=training.seed,
-    )
-    model = apply_plan(base, prepared.plan, seed=training.seed)
-    checkpoint_layers(model, build.checkpointed_parts(config))
-    trained = list(trained_tensors(model))
+        # what the loop takes
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        gate = Gate(trained, frozen, last_look=budget.gate_look)  # has to see how tensors start, resumed or not
+        # the first rank's are those that all ranks start from
+        launch.on_first_rank(accelerator, lambda: restored(begun, lambda point: resume.load_weights(point, trained)))
+        optimizer = make_optimizer(trained, weight_decay=training.weight_decay)
+        loss = SupervisedLoss(model, bf16=build.computes_in_bf16(config))
+        engine = build.make_engine(accelerator, loss, optimizer, trained, config)
+        restored(begun, lambda point: resume.load_moments(point, engine))
+        start = begun.point.position if begun.point else Position()
+        parts = Parts(engine, prepared.schedule, gate, training.seed)
+        samples, workers = prepared.samples, config.data.dataloader_num_workers
+        steps = train_steps(samples, budget.plan, rank=rank, workers=workers, first_step=start.seen.step)
+        eval_sets = eval_sets_from(config, prepared.data, prepared.encoder, samples.cache, rank=rank, ranks=ranks)
 
-    # what the loop takes
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    gate = Gate(trained, frozen, last_look=budget.gate_look)
-    optimizer = make_optimizer(trained, weight_decay=training.weight_decay)
-    loss = SupervisedLoss(model, bf16=build.computes_in_bf16(config))
-    engine = build.make_engine(accelerator, loss, optimizer, trained, config)
-    parts = Parts(engine, prepared.schedule, gate, training.seed)
-    samples = prepared.samples
-    steps = train_steps(samples, budget.plan, rank=rank, workers=config.data.dataloader_num_workers)
-    eval_sets = eval_sets_from(config, prepared.data, prepared.encoder, samples.cache, rank=rank, ranks=ranks)
-
-    tracker = launch.on_first_rank(accelerator, lambda: open_run(run_name=run_name), elsewhere=Tracker)
-    with tracker, Display(budget.total_steps, quiet=not first) as display:
-        for line in prepared.no_effect:
-            display.say(line)
-        if first:
-            facts.log_start(tracker, resolved, prepared, dtypes(model))
-        reporter = Reporter(tracker, build.meter_from(config, budget.total_steps), display)
-        saver = Saver(model, output, keep=training.save_total_limit, accelerator=accelerator)
-        tracker.at_end(lambda: facts.log_gate(tracker, gate))
-        tracker.at_end(lambda: facts.log_checkpoints(tracker, reporter.checkpoints, training.load_best_model_at_end))
-        fit(parts, steps, eval_sets, cadence_from(config, budget), saver, reporter)
-        facts.log_record_losses(tracker, reporter.evaluations)
-        score_checkpoints(
-            model,
-            engine,
-            prepared.encoder,
-            to_caption(config, prepared.data, prepared.encoder),
-            reporter,
-            tracker,
-            batch_size=config.tracking.generate_batch_size,
+        tracker = launch.on_first_rank(
+            accelerator,
+            lambda: open_tracker(begun, store, run_name=run_name, close_seconds=config.tracking.close_seconds),
+            elsewhere=Tracker,
         )
+        with tracker, Display(budget.total_steps, quiet=not first) as display:
+            for line in (*begun.lines, *prepared.no_effect):
+                display.say(line)
+            reporter = Reporter(tracker, build.meter_from(config, budget.total_steps), display)
+            remembers: dict[str, resume.Stateful] = {"gate": gate, "reporter": reporter}
+            restored(begun, lambda point: resume.restore_parts(point, remembers))
+            if first and begun.point is None:
+                facts.log_start(tracker, resolved, prepared, dtypes(model), rests)
+            saver = Saver(model, begun.path, keep=training.save_total_limit, accelerator=accelerator)
+            keeper = resume.Keeper(begun.path, engine, remembers, accelerator, told=tracker)
+            tracker.at_end(lambda: facts.log_gate(tracker, gate))
+            best = training.load_best_model_at_end
+            tracker.at_end(lambda: facts.log_checkpoints(tracker, reporter.checkpoints, best))
+            cadence = cadence_from(config, budget)
+            with SIGNALS.in_training():
+                fit(parts, steps, eval_sets, cadence, saver, reporter, keep=keeper, start=start, wishes=SIGNALS)
+            facts.log_record_losses(tracker, reporter.evaluations)
+            captioned = to_caption(config, prepared.data, prepared.encoder)
+            at_once = config.tracking.generate_batch_size
+            score_checkpoints(model, engine, prepared.encoder, captioned, reporter, tracker, batch_size=at_once)
     accelerator.wait_for_everyone()  # no rank ends while another still waits for it
-    result = facts.result_of(reporter.checkpoints, training.load_best_model_at_end)
-    return Outcome(tracker.run_id, Path(result.path), dict(reporter.latest), gate.verdict.value)
+    result = facts.result_of(reporter.checkpoints, best)
+    return Outcome(tracker.run_id, Path(result.path), dict(reporter.latest), gate.verdict.value, tracker.waiting)

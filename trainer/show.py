@@ -4,13 +4,13 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer import build, names
+from trainer.addresses import tracking_uri, without_password
 from trainer.config.resolved import Resolved
 from trainer.config.schema import Config
 from trainer.facts import batch_arithmetic
 from trainer.optim import Schedule
 from trainer.run import Outcome
 from trainer.strategy import Method, ParameterPlan
-from trainer.tracking import tracking_uri, without_password
 
 
 def show_plan(resolved: Resolved, console: Console | None = None) -> None:
@@ -60,7 +60,13 @@ def show_outcome(outcome: Outcome, console: Console | None = None) -> None:
     table.add_row("training gate", outcome.gate)
     console.print(table)
     uri = tracking_uri()
-    console.print(f"run {outcome.run_id} in {without_password(uri)}, result in {outcome.adapter}", markup=False)
+    run_id = outcome.run_id or "(not made yet)"
+    console.print(f"run {run_id} in {without_password(uri)}, result in {outcome.adapter}", markup=False)
+    if outcome.waiting:
+        console.print(
+            f"{outcome.waiting} entries are not delivered: python -m trainer sync {outcome.adapter.parent}",
+            markup=False,
+        )
     where = f"mlflow ui --backend-store-uri {without_password(uri)}" if "://" in uri and "http" not in uri else uri
     console.print(f"look at it: {where}", markup=False)
 

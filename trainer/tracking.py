@@ -1,25 +1,26 @@
-"""The one door to MLflow: opens or adopts a run, takes params, tags, metric rows and artifacts, and closes it truly."""
+"""The one door to MLflow: finds the store, makes or adopts a run, and takes to it what a spool holds."""
 
 import hashlib
 import json
 import os
 import re
-import signal
+import shutil
 import tempfile
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from types import TracebackType
-from typing import Self
-from urllib.parse import unquote, urlsplit
+from typing import Any
+from urllib.parse import urlsplit
 
 import mlflow
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.store.db.utils import create_sqlalchemy_engine
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
@@ -28,219 +29,215 @@ from sqlalchemy import inspect
 from sqlalchemy.exc import SQLAlchemyError
 
 from trainer import names
-from trainer.errors import TrackingError, UserError
+from trainer.addresses import sqlite_file, store_name, tracking_uri, without_credentials, without_password
+from trainer.errors import TrackingError, UserError, reason_of
+from trainer.spool import Entry, Spool
 
 _PARAM_LENGTH = 6000  # MLflow's own limit; whether it cuts or refuses what is longer is a setting of its user
 _SHORT_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}  # seconds
-_INTERRUPTED = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}  # seconds
+_AWAY = re.compile(
+    r"(?i)connection (refused|reset|aborted|timed out)|timed? ?out|max retries exceeded|could not translate host name|"
+    r"(starting up|shutting down|recovery mode)|closed the connection|error code (429|5\d\d)|"
+    r"no route to host|network is unreachable|remote end closed"
+)
+"""What stores say that are not there now and may be there later."""
 _SCHEMA = re.compile(r"database schema \(found version (\w+)")
-_SECRET = re.compile(r"(?i)([?&][^=&]*(?:pass|pwd|token|secret)[^=&]*=)[^&#]*")
 
 
-class Tracker:
-    """What a run tells the outside. This one tells nobody: it is for all ranks but the first, which speaks for them."""
+class MlflowDoor:
+    """Takes the entries of one run's spool to MLflow. Taking an entry twice changes nothing there.
 
-    run_id = ""
+    Rows keep the time at which they were written down, and MLflow's key of a row is (run, metric, time, step, value).
+    """
 
-    def at_end(self, log: Callable[[], None]) -> None:
-        """Call `log` before the run is closed, however it ends; it never hides the error that ended it."""
+    def __init__(self, uri: str) -> None:
+        """Go to a store; nothing is asked of it yet."""
+        self._uri = uri
+        for name, value in _PATIENCE.items():  # we try again ourselves, from a thread that nobody waits for
+            os.environ.setdefault(name, value)
 
-    def metrics(self, row: Mapping[str, float], step: int) -> None:
-        """Log one row, all of it at one step and one time."""
+    @cached_property
+    def client(self) -> MlflowClient:
+        """Of the store; one that cannot be reached may raise here already."""
+        mlflow.set_tracking_uri(self._uri)
+        with alone_at_birth(self._uri):
+            return MlflowClient(self._uri)
 
-    def params(self, values: Mapping[str, str]) -> None:
-        """Log params; a key that is already there stays as it is."""
+    def deliver(self, entries: Sequence[Entry], spool: Spool, run_id: str) -> str:
+        """Take entries in their order; those of rows that follow each other in one request.
 
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Set tags."""
+        Returns:
+            The run that they went to.
 
-    def description(self, markdown: str) -> None:
-        """Set the run's description, which the MLflow UI renders."""
-
-    def text(self, content: str, artifact: str) -> None:
-        """Store a text as an artifact."""
-
-    def file(self, path: Path, folder: str | None = None) -> None:
-        """Store a file as an artifact."""
-
-    def dataset(self, name: str, digest: str, source: str, context: str) -> None:
-        """Name a dataset that the run read; `context` is train, validation or out_of_domain."""
-
-    def __enter__(self) -> Self:
-        """The run is open."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the run as what it was."""
-
-
-class MlflowTracker(Tracker):
-    """One MLflow run, from its start (or its adoption from `mlflow run`) to its end."""
-
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        """Use `open_run`, which finds or makes the run."""
-        self._client, self.run_id = client, run_id
-        self._last_words: list[Callable[[], None]] = []
-
-    def at_end(self, log: Callable[[], None]) -> None:
-        """Call `log` before the run is closed, however it ends; it never hides the error that ended it."""
-        self._last_words.append(log)
-
-    def metrics(self, row: Mapping[str, float], step: int) -> None:
-        """Log one row, all of it at one step and one time."""
-        now = int(time.time() * 1000)
-        self._client.log_batch(self.run_id, metrics=[Metric(key, value, now, step) for key, value in row.items()])
-
-    def params(self, values: Mapping[str, str]) -> None:
-        """Log params; a key that is already there stays as it is.
-
-        `mlflow run` logs its `-P` values itself, as the user spelt them, and a param can be written once only.
+        Raises:
+            Exception: of whatever kind; some of them may have been taken.
         """
-        known = self._client.get_run(self.run_id).data.params
-        new = [Param(key, value[:_PARAM_LENGTH]) for key, value in values.items() if key not in known]
-        self._client.log_batch(self.run_id, params=new)
+        for kind, group in groupby(entries, key=lambda entry: entry.kind):
+            for together in [list(group)] if kind == "metrics" else [[entry] for entry in group]:
+                run_id = self._deliver(together, spool, run_id)
+        return run_id
 
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Set tags."""
-        self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in values.items()])
+    def begin(self, entry: Entry) -> str:
+        """Make or find the run that the first entry describes; its id.
 
-    def description(self, markdown: str) -> None:
-        """Set the run's description, which the MLflow UI renders."""
-        self.tags({MLFLOW_RUN_NOTE: markdown})
+        Raises:
+            TrackingError: the run was made for us and has ended, or the experiment was deleted.
+        """
+        body, key = entry.body, entry.body["key"]
+        if body["adopt"]:
+            return _adopt(self.client, body["adopt"], body["run_name"], key)
+        parent = self.client.get_run(body["parent"]) if body["parent"] else None
+        experiment_id = parent.info.experiment_id if parent else _experiment_id(self.client, body)
+        if found := self.client.search_runs([experiment_id], f"tags.{names.TAG_KEY} = '{key}'", max_results=1):
+            return str(found[0].info.run_id)
+        made = self.client.create_run(experiment_id, start_time=entry.time_ms, tags=body["tags"])
+        return str(made.info.run_id)
 
-    def text(self, content: str, artifact: str) -> None:
-        """Store a text as an artifact."""
-        self._client.log_text(self.run_id, content, artifact)
+    def hand_over(self, run_id: str, continued_in: str) -> None:
+        """Close a run that `mlflow run` has made for a training that another run already holds."""
+        self.client.set_tag(run_id, names.TAG_CONTINUED_IN, continued_in)
+        self.client.set_terminated(run_id, "FINISHED")
 
-    def file(self, path: Path, folder: str | None = None) -> None:
-        """Store a file as an artifact."""
-        self._client.log_artifact(self.run_id, str(path), folder)
-
-    def dataset(self, name: str, digest: str, source: str, context: str) -> None:
-        """Name a dataset that the run read; `context` is train, validation or out_of_domain."""
-        entity = Dataset(name, digest, "local", json.dumps({"uri": source}))
-        self._client.log_inputs(self.run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the run as what it was: FINISHED, KILLED when interrupted, FAILED (with the traceback) otherwise."""
-        status = _status_after(error)
-        with _short_patience() if error else nullcontext():
-            try:
-                for log in self._last_words:
-                    with suppress(Exception) if error else nullcontext():
-                        log()
-                if status == "FAILED":
-                    self.text("".join(traceback.format_exception(kind, error, trace)), names.ARTIFACT_TRACEBACK)
-            except Exception:
-                status = "FAILED"
+    def _deliver(self, together: list[Entry], spool: Spool, run_id: str) -> str:
+        if together[0].kind == "begin":
+            return self.begin(together[0])
+        try:
+            self._take(together, spool, run_id)
+        except MlflowException as error:
+            # A value that MLflow will never take must not hold back all that comes after it. A run that somebody has
+            # deleted answers in the same way, and can be restored.
+            never = error.error_code == ErrorCode.Name(INVALID_PARAMETER_VALUE)
+            if not never or self.client.get_run(run_id).info.lifecycle_stage != LifecycleStage.ACTIVE:
                 raise
-            finally:  # whatever became of the last words and the artifact
-                self._client.set_terminated(self.run_id, status)
+            if len(together) > 1:
+                for entry in together:
+                    self._deliver([entry], spool, run_id)
+            else:
+                spool.reject(together[0], str(error))
+        return run_id
+
+    def _take(self, together: list[Entry], spool: Spool, run_id: str) -> None:
+        client, entry = self.client, together[0]
+        match entry.kind, entry.body:
+            case "metrics", _:
+                rows = [(e.time_ms, e.body["step"], e.body["values"].items()) for e in together]
+                metrics = [Metric(key, float(value), at, step) for at, step, row in rows for key, value in row]
+                client.log_batch(run_id, metrics=metrics)
+            case "params", {"values": values}:
+                known = client.get_run(run_id).data.params  # `mlflow run` has logged its `-P` values as they were spelt
+                new = [Param(key, value[:_PARAM_LENGTH]) for key, value in values.items() if key not in known]
+                client.log_batch(run_id, params=new)
+            case "tags", {"values": values}:
+                client.log_batch(run_id, tags=[RunTag(key, value) for key, value in values.items()])
+            case "artifact", {"kept": kept, "name": name, "folder": folder}:
+                if (path := spool.file(kept)).exists():  # else it was delivered, and the position was not
+                    with tempfile.TemporaryDirectory() as aside:
+                        client.log_artifact(run_id, str(_named(path, Path(aside) / name)), folder)
+            case "dataset", {"name": name, "digest": digest, "source": source, "context": context}:
+                entity = Dataset(name, digest, "local", json.dumps({"uri": source}))
+                client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
+            case "again", _:
+                client.update_run(run_id, status="RUNNING")
+            case "end", {"status": status}:
+                client.set_terminated(run_id, status, end_time=entry.time_ms)
 
 
-def open_run(*, run_name: str, parent_run_id: str | None = None) -> MlflowTracker:
-    """Adopt the run that `mlflow run` has made for us, or make one; nested inside an active or named parent.
+def _named(path: Path, wanted: Path) -> Path:
+    """A file under the name that it shall have as an artifact."""
+    try:
+        os.link(path, wanted)
+    except OSError:  # another file system
+        shutil.copyfile(path, wanted)
+    return wanted
+
+
+def beginning(*, run_name: str, key: str, parent_run_id: str | None = None) -> dict[str, Any]:
+    """What the first entry of a spool says: which run to adopt, or what a new one is to be.
 
     Args:
         run_name: for the MLflow UI; an adopted run takes it too, unless the user named that one.
-        parent_run_id: the run to hang a new one under.
+        key: of this training, on every machine.
+        parent_run_id: the run to hang a new one under; None: one that is active in this process.
+    """
+    active = mlflow.active_run()
+    parent = parent_run_id or (active.info.run_id if active else None)
+    tags = {MLFLOW_RUN_NAME: run_name, names.TAG_KEY: key} | ({MLFLOW_PARENT_RUN_ID: parent} if parent else {})
+    return {
+        "run_name": run_name,
+        "key": key,
+        "adopt": None if parent else made_for_us(),
+        "parent": parent,
+        "experiment_id": os.environ.get("MLFLOW_EXPERIMENT_ID"),
+        "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME") or names.EXPERIMENT,
+        "tags": resolve_tags(tags),
+    }
+
+
+def made_for_us() -> str | None:
+    """The run that `mlflow run` has made before it started us."""
+    return os.environ.get("MLFLOW_RUN_ID") or None
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Where runs are logged."""
+
+    uri: str
+    """Without user and password of a server."""
+    away: str
+    """Why it cannot be reached at the moment; empty where it can."""
+
+    @property
+    def name(self) -> str:
+        """What it is called everywhere: without passwords, and the same from every folder."""
+        return store_name(self.uri)
+
+
+def reach_store(uri: str | None = None) -> Store:
+    """The store in use, after one look whether it is there.
+
+    Left alone, MLflow tries to reach a server for four minutes and a database for two.
+
+    Args:
+        uri: another one than that of the environment.
 
     Raises:
-        TrackingError: the store is a file store, or cannot be used.
+        TrackingError: it is a file store, or what is there cannot be used: waiting would not help.
     """
-    uri = reach_store()
-    with told(uri):
-        mlflow.set_tracking_uri(uri)
-        with alone_at_birth(uri):
-            client = MlflowClient(uri)
-        active = mlflow.active_run()
-        adopted = os.environ.get("MLFLOW_RUN_ID")
-        if adopted and active is None and parent_run_id is None:
-            return MlflowTracker(client, _adopt(client, adopted, run_name))
-        parent = client.get_run(parent_run_id) if parent_run_id else active
-        experiment_id = parent.info.experiment_id if parent else _experiment_id(client)
-        tags = {MLFLOW_RUN_NAME: run_name} | ({MLFLOW_PARENT_RUN_ID: parent.info.run_id} if parent else {})
-        return MlflowTracker(client, client.create_run(experiment_id, tags=resolve_tags(tags)).info.run_id)
+    uri = without_credentials(uri or tracking_uri())
+    scheme = urlsplit(uri).scheme.partition("+")[0]
+    try:
+        with told(uri), _short_patience():
+            if scheme in ("http", "https"):
+                MlflowClient(uri).search_experiments(max_results=1)
+            elif scheme in ("postgresql", "mysql", "mssql") or (
+                uri.startswith("sqlite") and sqlite_file(uri).is_file()  # one that is not there, MLflow makes
+            ):
+                inspect(create_sqlalchemy_engine(uri)).has_table("experiments")  # type: ignore[no-untyped-call]
+    except TrackingError as error:
+        if scheme == "sqlite" or not _AWAY.search(error.got):
+            raise
+        return Store(uri, away=reason_of(ValueError(error.got)))
+    return Store(uri, away="")
 
 
-def reach_store() -> str:
-    """The store in use, after one look whether it is there at all.
-
-    Left alone, MLflow tries to reach a server for four minutes and a database for two. That is right in the middle of
-    a training, and too long for somebody who has mistyped an address.
-
-    Raises:
-        TrackingError: the store is a file store, or not to be had.
-    """
-    uri = _without_credentials(tracking_uri())
-    with told(uri), _short_patience():
-        if urlsplit(uri).scheme in ("http", "https"):
-            MlflowClient(uri).search_experiments(max_results=1)
-        elif urlsplit(uri).scheme.partition("+")[0] in ("postgresql", "mysql", "mssql") or (
-            uri.startswith("sqlite") and sqlite_file(uri).is_file()  # one that is not there, MLflow makes
-        ):
-            inspect(create_sqlalchemy_engine(uri)).has_table("experiments")  # type: ignore[no-untyped-call]
-    return uri
-
-
-def abandon(error: BaseException) -> None:
-    """Close the run that `mlflow run` has made for us when a mistake or an interrupt came before `open_run`.
+def abandon(error: BaseException, status: str) -> None:
+    """Close the run that `mlflow run` has made for us when a mistake or an interrupt came before training.
 
     The reason becomes the run's description. Does nothing where there is no such run or it has ended already, and
     raises nothing: `error` is what matters.
     """
-    run_id = os.environ.get("MLFLOW_RUN_ID")
-    if not run_id:
+    run_id = made_for_us()
+    if run_id is None:
         return
     with suppress(Exception), _short_patience():
-        client = MlflowClient(_without_credentials(tracking_uri()))
+        client = MlflowClient(without_credentials(tracking_uri()))
         if not RunStatus.is_terminated(RunStatus.from_string(client.get_run(run_id).info.status)):
             if names.TAG_STRATEGY not in client.get_run(run_id).data.tags:  # else a rank died that had described it
                 note = f"Ended before training: {type(error).__name__}\n```\n{error}\n```"
                 client.set_tag(run_id, MLFLOW_RUN_NOTE, note)
-            client.set_terminated(run_id, _status_after(error))
-
-
-def tracking_uri() -> str:
-    """The store in use.
-
-    Raises:
-        TrackingError: it is a file store, which MLflow has deprecated and on which replay is not safe.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or names.DEFAULT_TRACKING_URI
-    if urlsplit(uri).scheme in ("", "file") and uri != "databricks":
-        raise TrackingError(
-            "MLFLOW_TRACKING_URI",
-            f"{uri}, a file store",
-            "a database or an MLflow server; MLflow has deprecated file stores",
-            f"unset it (default: {names.DEFAULT_TRACKING_URI}), or move old runs with `mlflow migrate-filestore`",
-        )
-    return uri
-
-
-def without_password(uri: str) -> str:
-    """A URI that can be shown: user and password, where it has them, are left out."""
-    netloc = urlsplit(uri).netloc
-    return _SECRET.sub(r"\1***", uri.replace(netloc, netloc.rpartition("@")[2], 1) if "@" in netloc else uri)
-
-
-def _without_credentials(uri: str) -> str:
-    """A server's URI without user and password, which go where MLflow takes them from without ever showing them."""
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
-        return uri
-    os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(parts.username or ""))
-    os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password or ""))
-    return without_password(uri)
-
-
-def sqlite_file(uri: str) -> Path:
-    """The file of a `sqlite:///` URI."""
-    return Path(unquote(uri.partition("///")[2].partition("?")[0]))
+            client.set_terminated(run_id, status)
 
 
 @contextmanager
@@ -299,22 +296,32 @@ def _other_schema(uri: str, version: str) -> TrackingError:
     )
 
 
-def _adopt(client: MlflowClient, run_id: str, run_name: str) -> str:
+def _adopt(client: MlflowClient, run_id: str, run_name: str, key: str) -> str:
     """Take over a run that was made for us.
 
     Raises:
         TrackingError: it has ended already, so that its params and curves are those of another training.
     """
-    info = client.get_run(run_id).info
-    if RunStatus.is_terminated(RunStatus.from_string(info.status)):
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+        raise TrackingError(
+            "MLFLOW_RUN_ID", f"{run_id}, which this store does not have", "a run of this store", "unset MLFLOW_RUN_ID"
+        ) from None
+    if run.data.tags.get(names.TAG_KEY) == key:
+        return run_id  # adopted before
+    if RunStatus.is_terminated(RunStatus.from_string(run.info.status)):
         raise TrackingError(
             "MLFLOW_RUN_ID",
-            f"{run_id}, a run that is {info.status}",
+            f"{run_id}, a run that is {run.info.status}",
             "a run that `mlflow run` has just made",
             "unset MLFLOW_RUN_ID to start a new run",
         )
-    named_by_user = info.run_name and not _is_random_name(info.run_name)
-    client.update_run(run_id, status="RUNNING", name=info.run_name if named_by_user else run_name)
+    named_by_user = run.info.run_name and not _is_random_name(run.info.run_name)
+    client.update_run(run_id, status="RUNNING", name=run.info.run_name if named_by_user else run_name)
+    client.set_tag(run_id, names.TAG_KEY, key)
     return run_id
 
 
@@ -324,35 +331,28 @@ def _is_random_name(name: str) -> bool:
     return len(words) == 3 and words[0] in _GENERATOR_PREDICATES and words[1] in _GENERATOR_NOUNS
 
 
-def _status_after(error: BaseException | None) -> str:
-    if error is None:
-        return "FINISHED"
-    interrupted = isinstance(error, SystemExit) and error.code in _INTERRUPTED
-    return "KILLED" if interrupted or isinstance(error, KeyboardInterrupt) else "FAILED"
-
-
-def _experiment_id(client: MlflowClient) -> str:
-    """The experiment that the environment names, else ours, made when it is not there.
+def _experiment_id(client: MlflowClient, body: Mapping[str, Any]) -> str:
+    """The experiment that the environment named when the run began, else ours, made when it is not there.
 
     Raises:
         TrackingError: it was deleted.
     """
-    if by_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
-        return by_id
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or names.EXPERIMENT
+    if body["experiment_id"]:
+        return str(body["experiment_id"])
+    name = body["experiment"]
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.create_experiment(name)
+            return str(client.create_experiment(name))
         except MlflowException:  # another process made it between the two calls
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
-    if found.lifecycle_stage != "active":
+    if found.lifecycle_stage != LifecycleStage.ACTIVE:
         raise TrackingError(
             f"MLflow experiment {name!r}",
             "an experiment that was deleted",
             "one that is there, or a new name",
             f"mlflow experiments restore --experiment-id {found.experiment_id}, or set MLFLOW_EXPERIMENT_NAME",
         )
-    return found.experiment_id
+    return str(found.experiment_id)

@@ -6,18 +6,23 @@ them, and the frozen base needs no casting.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+)
 from torch import Tensor
 
 from trainer.data.loader import Batch
-from trainer.engine import Engine
+from trainer.engine import MOMENTS, Engine
 from trainer.model import TrainedTensor
 
 _LARGEST_BUCKET = 200_000_000
@@ -78,6 +83,26 @@ class ZeroEngine(Engine):
         """The float32 master of a tensor, gathered from all ranks."""
         master: Tensor = safe_get_full_fp32_param(tensor.parameter)
         return master.detach()
+
+    def moments(self, tensor: TrainedTensor) -> dict[str, Tensor]:
+        """What the optimizer remembers of a tensor, gathered from all ranks."""
+        return {name: safe_get_full_optimizer_state(tensor.parameter, name).detach() for name in MOMENTS}
+
+    def load_moments(self, updates: int, moment: Callable[[TrainedTensor, str], Tensor]) -> None:
+        """Give every rank its pieces back; see `Engine.load_moments`.
+
+        DeepSpeed's own checkpoint is not used: reading it can run code, and it fits one number of ranks.
+        """
+        zero: Any = self._model.optimizer
+        for flat in zero.single_partition_of_fp32_groups:
+            zero.optimizer.state[flat] = {
+                "step": torch.tensor(float(updates), device=flat.device),
+                **{name: torch.zeros_like(flat) for name in MOMENTS},
+            }
+        zero._lazy_init_hp_params_optimizer_state()  # else done at the first update: pieces by parameter
+        for tensor in self.trained:
+            for name in MOMENTS:
+                safe_set_full_optimizer_state(tensor.parameter, moment(tensor, name).to(self.device), name)
 
     def _own_gradient(self, tensor: TrainedTensor) -> Tensor | None:
         """The piece of a tensor's gradient that this rank keeps; None where all of it lies on other ranks."""

@@ -263,7 +263,7 @@ def eval_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     """Let the evaluations of the set `eval` come out as these, one token each; other sets give 1."""
     values = iter(losses)
 
-    def scripted(engine: object, batches: object) -> RecordLosses:
+    def scripted(engine: object, batches: object, wishes: object) -> RecordLosses:
         return RecordLosses(("r",), (None,), (next(values) if batches == "eval" else 1.0,), (1,))
 
     monkeypatch.setattr("trainer.loop.evaluate", scripted)

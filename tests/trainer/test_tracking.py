@@ -12,10 +12,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from tests.running import empty_store, environment, runs_in, without_mlflow_variables
+from tests.running import empty_store, environment, open_run, runs_in, without_mlflow_variables
 from trainer import names
 from trainer.errors import TrackingError
-from trainer.tracking import abandon, open_run
+from trainer.tracking import abandon
 
 OURS = names.EXPERIMENT
 
@@ -275,9 +275,9 @@ def test_a_run_whose_last_words_fail_is_not_finished(store: str) -> None:
 
 
 def test_a_failed_run_is_failed_even_if_its_traceback_cannot_be_stored(store: str, tmp_path: Path) -> None:
-    """A full disk is a likely reason for both."""
+    """A full disk is a likely reason for both; what is not stored waits beside the run."""
     (tmp_path / "mlruns").write_text("a file where the artifacts' folder should be")
-    with pytest.raises(OSError), open_run(run_name="r"):
+    with pytest.raises(RuntimeError, match="first"), open_run(run_name="r", close_seconds=1):
         raise RuntimeError("first")
     assert only_run(store).info.status == "FAILED"
 
@@ -286,8 +286,8 @@ def test_a_mistake_before_training_closes_the_adopted_run(store: str, monkeypatc
     """FAILED, or KILLED when interrupted, with the reason as its description; one that has ended is left alone."""
     run_id = made_by_mlflow_run(store)
     monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
-    abandon(TrackingError("where", "got", "allowed", "do"))
-    abandon(KeyboardInterrupt())
+    abandon(TrackingError("where", "got", "allowed", "do"), "FAILED")
+    abandon(KeyboardInterrupt(), "KILLED")
     run = only_run(store, "theirs")
     assert run.info.status == "FAILED"
     assert "got:     got" in run.data.tags["mlflow.note.content"]
@@ -296,14 +296,14 @@ def test_a_mistake_before_training_closes_the_adopted_run(store: str, monkeypatc
 def test_closing_an_adopted_run_never_hides_the_mistake(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store may be the very thing that is wrong."""
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
-    abandon(RuntimeError("x"))
+    abandon(RuntimeError("x"), "FAILED")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///nowhere")
-    abandon(RuntimeError("x"))
+    abandon(RuntimeError("x"), "FAILED")
 
 
 def test_runs_that_begin_together_on_a_new_sqlite_file_all_find_it_whole(tmp_path: Path) -> None:
     """Two arms started at once, in a folder without a store yet."""
-    code = "from trainer.tracking import open_run\nwith open_run(run_name='arm'): pass"
+    code = "from tests.running import open_run\nwith open_run(run_name='arm'): pass"
     uri = f"sqlite:///{tmp_path}/new.db"
     begun = [
         subprocess.Popen([sys.executable, "-c", code], env=environment(uri), stderr=subprocess.PIPE) for _ in range(4)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from trainer.config.augmentation import Augmentation
-from trainer.config.fields import Count, CountOrZero, Gpus, Impossible, Pixels, Rate, Section, Share
+from trainer.config.fields import Count, CountOrZero, Gpus, Impossible, Pixels, Processes, Rate, Section, Share
 from trainer.config.parts import RAW_STRATEGY_KEYS, Strategy, Tuner
 
 
@@ -117,6 +117,8 @@ class Training(Section):
     """Checkpoints kept at most, the best always among them; null: all."""
     save_delay_steps: CountOrZero = 0
     """Optimizer step before which no checkpoint is written."""
+    resume_steps: Count | None = None
+    """Optimizer steps between two resume points, from which an interrupted run goes on; null: as `eval_steps`."""
     metric_for_best_model: Literal["eval_loss"] = "eval_loss"
     """What `best` means: the eval loss in nats per supervised token."""
     load_best_model_at_end: bool = True
@@ -141,7 +143,7 @@ class Training(Section):
 class Data(Section):
     """Processes that prepare samples."""
 
-    dataloader_num_workers: CountOrZero = 0
+    dataloader_num_workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Processes that encode samples beside the training process; 0: the training process does it."""
 
 
@@ -154,14 +156,18 @@ class Deepspeed(Section):
     """`zero2`, `zero1`, or the path of a DeepSpeed JSON."""
 
 
+_MOST_SCENES = 100_000  # each is drawn and written to a file before anything else happens: minutes, and 2 GB
+Scenes = Annotated[int, Field(ge=1, le=_MOST_SCENES)]
+
+
 class Digits(Section):
     """The built-in data, used where `custom.train_jsonl` is not given."""
 
-    train: Count = 1024
+    train: Scenes = 1024
     """Scenes to train on."""
-    val: Count = 128
+    val: Scenes = 128
     """Scenes to validate on, drawn from other handwritten digits."""
-    ood: CountOrZero = 64
+    ood: Annotated[int, Field(ge=0, le=_MOST_SCENES)] = 64
     """Scenes of the look that is kept out of training; 0: none."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 17
     """Seed of the scenes; not `training.seed`, so that runs of different seeds see the same data."""
@@ -214,7 +220,7 @@ class Custom(Section):
 class Launch(Section):
     """How many processes train together."""
 
-    nproc: Count = 1
+    nproc: Processes = 1
     """Ranks on this machine; as many as `gpus` names where that is given and this is not."""
     gpus: Gpus | None = None
     """Which GPUs of this machine are used: an index, or several split by commas; null: all that are visible."""
@@ -237,6 +243,8 @@ class Tracking(Section):
     """Training records on the sheet that is logged when a run starts, as on disk and in two epochs; 0: no sheet."""
     smoothing_weight: Annotated[float, Field(ge=0, lt=1)] = 0.6
     """Weight of the past in the smoothed losses, as in TensorBoard."""
+    close_seconds: CountOrZero = 20
+    """Seconds that a run's end waits at most for a tracker that does not answer; the rest goes with `sync`."""
 
 
 class Config(Section):

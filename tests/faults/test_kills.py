@@ -1,0 +1,86 @@
+"""SIGKILL at chosen and at random moments, then the same command again: as if nothing had happened.
+
+The short form dies once in every place; `--long` fifty times, at least five in each (`make test-faults ARGS=--long`).
+"""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.faults.comparing import SHORT, Result, assert_same, result_of
+from tests.faults.dying import PLACES
+from tests.running import empty_store, environment, flags
+
+COMMAND = ["run", "last6_lora", "--seed", "3", *flags(SHORT)]
+
+# Place -> (how often it is passed at most in such a run before the fault, seconds it takes at most).
+EXTENT = {
+    "the start": (0, 1.0),
+    "the first step": (0, 0.4),
+    "a later step": (4, 0.4),
+    "an evaluation": (9, 0.3),
+    "the save of a resume point": (2, 0.06),
+    "the save of an adapter": (1, 0.06),
+    "a spool write": (30, 1.0),
+    "after the last step": (0, 3.0),
+}
+
+
+def trained(folder: Path, fault: dict[str, object] | None = None) -> subprocess.CompletedProcess[str]:
+    """The trainer, with a fault or without."""
+    command = [sys.executable, "-m", "tests.faults.dying", json.dumps(fault or {}), *COMMAND]
+    variables = environment(f"sqlite:///{folder}/mlflow.db", PYTHONPATH=str(Path(__file__).parents[2]))
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("alone")
+    store = empty_store(folder)
+    done = trained(folder)
+    assert done.returncode == 0, done.stderr
+    return result_of(folder, store)
+
+
+def kill_and_resume(folder: Path, fault: dict[str, object], left_alone: Result) -> str:
+    """Let a run die, give the same command again until it ends, and compare; where it died, in words."""
+    folder.mkdir()
+    store = empty_store(folder)
+    died = trained(folder, fault)
+    if died.returncode == 0:
+        return f"{fault['place']}: over before it came"
+    assert died.returncode == -9, died.stderr
+    resumed = trained(folder)
+    assert resumed.returncode == 0, (fault, resumed.stderr)
+    assert_same(result_of(folder, store), left_alone)
+    shutil.rmtree(folder)
+    return str(fault["place"])
+
+
+def test_a_run_killed_anywhere_and_resumed_is_bit_identical(
+    tmp_path: Path, left_alone: Result, request: pytest.FixtureRequest
+) -> None:
+    """Every exact metric, the adapters, what the optimizer remembers; no row is missing and none there twice."""
+    times = 7 if request.config.getoption("--long") else 1
+    draw = random.Random(20261126)
+    faults = [
+        {"place": place, "unharmed": draw.randint(0, most), "seconds": draw.uniform(0, seconds)}
+        for place, (most, seconds) in EXTENT.items()
+        for _ in range(times)
+    ]
+    assert EXTENT.keys() == PLACES.keys()
+    with ThreadPoolExecutor(2) as pool:
+        work = [pool.submit(kill_and_resume, tmp_path / str(i), fault, left_alone) for i, fault in enumerate(faults)]
+        fell = Counter(done.result() for done in work)
+    print("\nwhere runs were killed, all bit-identical after they were resumed:")
+    for place, count in sorted(fell.items()):
+        print(f"  {count:3} in {place}")
+    assert sum(count for place, count in fell.items() if place in EXTENT) >= 0.8 * len(faults)

@@ -1,0 +1,256 @@
+"""Begins a run, or goes on with one that was interrupted: its folder, its resume point, its tracker."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from trainer import launch, names, provenance
+from trainer.checkpoint import BadCheckpoint
+from trainer.errors import ConfigError, TrainingStopped, UserError
+from trainer.facts import DIGESTS
+from trainer.redact import of_environment
+from trainer.resume import FOLDER, Point, forget_points, newest_good, read_point, restore_best
+from trainer.runs import Identity, RunFolder, held, new_run, one_at_a_time, taken_again, unfinished
+from trainer.spool import Position, Spool
+from trainer.sync import close_dead
+from trainer.tracker import SpoolTracker, Tracker
+from trainer.tracking import MlflowDoor, Store, beginning, made_for_us, reach_store, told
+
+AUTO, NEVER = "auto", "never"
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The run that this process trains, or, on all ranks but the first, what it needs to know of it."""
+
+    path: Path
+    """The run's folder."""
+    point: Point | None
+    """Where training goes on; None: at its beginning."""
+    resumed: bool = False
+    """Whether the run was there before."""
+    tolerant: bool = False
+    """Whether it cannot be bit-identical to a training that was never interrupted."""
+    drift: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Key -> (value before, value now) of what has changed and was allowed to."""
+    lines: tuple[str, ...] = ()
+    """What a user should know about it."""
+    folder: RunFolder | None = None
+    """Held by the first rank alone."""
+
+    def __enter__(self) -> Self:
+        """The run is held."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let go of it; as over, or as one that can be gone on with. A folder in which nothing has begun is removed."""
+        if self.folder is None:
+            return
+        nothing_begun = self.folder.spool.last == 0
+        over = error is None or isinstance(error, TrainingStopped)
+        with suppress(OSError):
+            self.folder.write(state="over" if over else "interrupted")
+            if error is None:
+                forget_points(self.path)
+        self.folder.release()
+        if nothing_begun and not self.resumed:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def begin_on_ranks(accelerator: Any, identity: Identity, parent: Path, *, resume: str, allow_drift: bool) -> Begun:
+    """`begin` on the first rank; the others get what they need to know."""
+    begun: Begun | None = launch.on_first_rank(
+        accelerator, lambda: begin(parent, identity, resume=resume, allow_drift=allow_drift), elsewhere=lambda: None
+    )
+    known: Begun = launch.on_first_rank(accelerator, lambda: replace(begun, folder=None) if begun else None)
+    return begun or known
+
+
+def begin(parent: Path, identity: Identity, *, resume: str, allow_drift: bool) -> Begun:
+    """Find the run to go on with, or make a new one.
+
+    Args:
+        parent: folder of all runs.
+        identity: of the training that was asked for.
+        resume: `auto`, `never`, or the folder of a run, or of one of its resume points.
+        allow_drift: whether a run may be gone on with under another configuration.
+
+    Raises:
+        ConfigError: the run is held by another process, is over, differs, or cannot be read.
+    """
+    with one_at_a_time(parent):
+        wanted = Path(resume) if resume not in (AUTO, NEVER) else None
+        if resume == AUTO:
+            wanted = unfinished(parent, identity, but_for=DIGESTS)  # changed data is no other training, but a mistake
+        if wanted is None:
+            folder = new_run(parent, identity)
+            folder.write(made_with=provenance.made_with())
+            begun = Begun(folder.path, None, folder=folder)
+        else:
+            begun = _again(wanted, identity, allow_drift)
+    closed = close_dead(parent, but=begun.path)
+    return replace(begun, lines=(*closed, *begun.lines))
+
+
+def _again(wanted: Path, identity: Identity, allow_drift: bool) -> Begun:
+    """Take an interrupted run as it stands, with its newest sound resume point or the one that was named."""
+    named = wanted if wanted.parent.name == FOLDER else None
+    folder = held(named.parent.parent if named else wanted)
+    try:
+        drift = _allowed(folder, identity, allow_drift)
+        point, lines = _named_point(named) if named else newest_good(folder.path)
+        before = {key: folder.facts["params"].get(key) for key in identity.layout()}
+        layout = {key: (old, new) for key, new in identity.layout().items() if (old := before[key]) != new}
+        if layout:
+            changed = ", ".join(f"{key} from {old} to {new}" for key, (old, new) in layout.items())
+            lines.append(f"{changed}: sums are made in another order; numbers agree to rounding, not to the bit")
+        made_with = provenance.made_with()
+        for what, value in made_with.items():
+            if folder.facts.get("made_with", made_with).get(what) != value:
+                lines.append(f"the run was begun with {what} {folder.facts['made_with'].get(what)}, this is {value}")
+        at = f"after optimizer step {point.position.seen.step}" if point else "at its beginning: it has no resume point"
+        lines.append(f"going on with {folder.path}, {at}")
+        if point is not None:
+            restore_best(folder.path, point)
+        else:
+            shutil.rmtree(folder.path / "best", ignore_errors=True)
+        taken_again(folder)
+        if drift or layout:
+            folder.write(params={**folder.facts["params"], **identity.params})
+        return Begun(folder.path, point, True, bool(layout or drift), drift, tuple(lines), folder)
+    except BaseException:
+        folder.release()
+        raise
+
+
+def _allowed(folder: RunFolder, identity: Identity, allow_drift: bool) -> dict[str, tuple[str, str]]:
+    """What has changed since the run began.
+
+    Raises:
+        ConfigError: more than is allowed.
+    """
+    if folder.facts["state"] == "over":
+        raise ConfigError("--resume", f"{folder.path}, a run that is over", "an interrupted run", "use --resume never")
+    if folder.facts["store"] != identity.store:
+        raise ConfigError(
+            "--resume", f"{folder.path}, whose MLflow run is in {folder.facts['store']}, not in {identity.store}",
+            "the same tracking store", f"MLFLOW_TRACKING_URI={folder.facts['store']}",
+        )  # fmt: skip
+    drift = identity.differences(folder.facts["params"])
+    told = "".join(f"\n             {key}: {old} before, {new} now" for key, (old, new) in drift.items())
+    if names.EFFECTIVE_BATCH_PACKS in drift:
+        raise ConfigError(
+            "--resume", f"{folder.path}, with another effective batch:{told}",
+            "the same number of packs in an optimizer step, by which the place in the data is counted",
+            "change launch.nproc, accumulation and batch size together, or start a new run with --resume never",
+        )  # fmt: skip
+    if drift and not allow_drift:
+        raise ConfigError(
+            "--resume", f"{folder.path}, begun with another configuration:{told}", "the same configuration",
+            "use that one, start a new run with --resume never, or go on under the new one with --allow-drift",
+        )  # fmt: skip
+    return drift
+
+
+def _named_point(folder: Path) -> tuple[Point, list[str]]:
+    try:
+        return read_point(folder), []
+    except BadCheckpoint as error:
+        raise unusable(folder, error) from None
+
+
+def unusable(folder: Path, error: BadCheckpoint) -> ConfigError:
+    """The message where the resume point that was asked for cannot be used."""
+    return ConfigError(
+        "--resume", f"{folder}: {error}", "a sound resume point of this training",
+        "name an older one, or start a new run with --resume never",
+    )  # fmt: skip
+
+
+def restored(begun: Begun, restore: Callable[[Point], None]) -> None:
+    """Take from the resume point what `restore` takes, where there is one.
+
+    Raises:
+        ConfigError: it is not what it should be.
+    """
+    if begun.point is None:
+        return
+    try:
+        restore(begun.point)
+    except BadCheckpoint as error:
+        raise unusable(begun.point.folder, error) from None
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise unusable(begun.point.folder, BadCheckpoint(f"{type(error).__name__} {error}")) from None
+
+
+def open_tracker(
+    begun: Begun, store: Store, *, run_name: str, close_seconds: float, parent_run_id: str | None = None
+) -> SpoolTracker:
+    """Open the spool of a run; its MLflow run is made now where the store is there, else when it is.
+
+    Args:
+        begun: the run, held by this process.
+        store: where its MLflow run is.
+        run_name: for the MLflow UI.
+        close_seconds: how long the end of the run waits for the delivery.
+        parent_run_id: the run to hang a new one under.
+
+    Raises:
+        TrackingError: the store is there and refuses.
+    """
+    assert begun.folder is not None  # noqa: S101
+    spool, redactor, door = begun.folder.spool, of_environment(), MlflowDoor(store.uri)
+    if spool.last == 0:
+        spool.append(
+            "begin", **redactor.tree(beginning(run_name=run_name, key=begun.folder.key, parent_run_id=parent_run_id))
+        )
+    else:
+        spool.append("again")
+    if not store.away:
+        with told(store.uri):
+            door.client  # noqa: B018  # a store that is not there yet is made now
+        _reach(spool, door)
+    tracker = SpoolTracker(
+        spool, door, redactor,
+        resumed_after=begun.point.spool if begun.point else 0, tolerant=begun.tolerant, close_seconds=close_seconds,
+    )  # fmt: skip
+    if begun.resumed:
+        step = begun.point.position.seen.step if begun.point else 0
+        drift = {names.TAG_DRIFT: json.dumps({k: list(v) for k, v in begun.drift.items()})} if begun.drift else {}
+        tracker.tags({names.TAG_RESUMED_AT: str(step), **drift})
+    return tracker
+
+
+def _reach(spool: Spool, door: MlflowDoor) -> None:
+    """Make or find the MLflow run of a spool, if that can be done at once; close the one that was made for nothing."""
+    try:
+        if not spool.run_id:
+            first = next(spool.read())
+            spool.set_position(Position(first.number, 0, door.begin(first)))
+        made = made_for_us()
+        if made is not None and made != spool.run_id:
+            door.hand_over(made, spool.run_id)
+    except UserError:
+        raise
+    except Exception:  # noqa: BLE001  # it has gone away in between: the delivery tries again, and says so
+        return
+
+
+@contextmanager
+def open_aside(name: str) -> Iterator[Tracker]:
+    """A tracker for work that is not a training: its spool lies in a folder that goes when all of it is delivered."""
+    store = reach_store()
+    folder = new_run(Path(tempfile.mkdtemp(prefix=f"{name}-")), Identity(name, {}, store.name))
+    begun = Begun(folder.path, None, folder=folder)
+    with begun, open_tracker(begun, store, run_name=name, close_seconds=20) as tracker:
+        yield tracker
+    if tracker.waiting == 0:
+        shutil.rmtree(folder.path.parent, ignore_errors=True)

@@ -1,0 +1,222 @@
+"""The folder of one run: what the run was made from, who holds it, whether it is over; finds the one to go on with."""
+
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.errors import ConfigError
+from trainer.spool import Spool
+
+RUN_FILE, SPOOL = "run.json", "spool"
+_LOCK = "lock"
+_FORMAT = 1
+State = Literal["running", "interrupted", "over"]
+
+LAYOUT = (
+    "launch.nproc",
+    "launch.gpus",
+    "training.gradient_accumulation_steps",
+    "training.per_device_train_batch_size",
+    "training.per_device_eval_batch_size",
+    "training.gradient_checkpointing",
+    "training.vit_gradient_checkpointing",
+)
+"""Settings that change in which order sums are made and nothing else, as long as the effective batch is the same."""
+FREE = ("training.output_dir", "training.run_name", "data.dataloader_num_workers", "tracking.close_seconds")
+"""Settings that change no number at all."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes two commands the same training."""
+
+    name: str
+    """Of the run, and of its folder."""
+    params: Mapping[str, str]
+    """Dotted key -> value: the whole resolved configuration, and what else it rests on."""
+    store: str
+    """The tracking store."""
+
+    def layout(self) -> dict[str, str]:
+        """The settings that only change the order of sums."""
+        return {key: value for key, value in self.params.items() if key in LAYOUT}
+
+    def differences(self, other: Mapping[str, str], *, but_for: Sequence[str] = ()) -> dict[str, tuple[str, str]]:
+        """Key -> (other's value, own value) wherever a number could differ by more than the order of sums."""
+        keys = sorted({*self.params, *other} - {*LAYOUT, *FREE, *but_for})
+        pairs = {key: (other.get(key, "not there"), self.params.get(key, "not there")) for key in keys}
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+class RunFolder:
+    """The folder of a run that this process holds until it lets go or dies."""
+
+    def __init__(self, path: Path, facts: dict[str, Any], lock: int) -> None:
+        """Use `new_run` or `held`."""
+        self.path, self.facts, self._lock = path, facts, lock
+        self.spool = Spool(path / SPOOL)
+
+    @property
+    def key(self) -> str:
+        """Of this training, everywhere."""
+        return str(self.facts["key"])
+
+    def write(self, **facts: Any) -> None:
+        """Change some of what is known about the run."""
+        self.facts |= facts
+        _write_facts(self.path, self.facts)
+
+    def release(self) -> None:
+        """Let go of it."""
+        self.spool.close()
+        os.close(self._lock)
+
+
+class Busy(ConfigError):
+    """A living process holds a run."""
+
+
+def new_run(parent: Path, identity: Identity) -> RunFolder:
+    """A folder of its own for a run, made now: better to hear now that it cannot be written.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    safe = re.sub(r"[^\w.+=-]+", "-", identity.name)[:150].strip(".-") or "run"  # a regular expression can be long
+    key = uuid.uuid4().hex
+    path = parent / f"{safe}-{key[:8]}"
+    facts = {
+        "format": _FORMAT, "key": key, "name": identity.name, "state": "running", "began": time.time(),
+        "store": identity.store, "params": dict(identity.params), **_holder(),
+    }  # fmt: skip
+    with told(path):
+        path.mkdir(parents=True)
+        lock = _take_lock(path)
+        _write_facts(path, facts)
+        return RunFolder(path, facts, lock)
+
+
+def held(path: Path) -> RunFolder:
+    """An existing run's folder, taken by this process.
+
+    Raises:
+        Busy: a living process has it; one that has died keeps nothing.
+        ConfigError: it is no folder of a run, or cannot be read.
+    """
+    with told(path):
+        try:
+            lock = _take_lock(path)
+        except BlockingIOError:
+            facts = read_facts(path)
+            raise Busy(
+                str(path),
+                f"a run that process {facts['pid']} on {facts['host']} is training",
+                "a run that nobody is training",
+                "wait for it, choose another --seed or --output_dir, or start a new run with --resume never",
+            ) from None
+        return RunFolder(path, read_facts(path), lock)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What is known about a run.
+
+    Raises:
+        ConfigError: there is no run in this folder.
+    """
+    try:
+        facts = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+        if facts["format"] == _FORMAT and isinstance(facts["params"], dict):
+            return {**facts, "key": str(facts["key"]), "state": str(facts["state"]), "store": str(facts["store"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ConfigError(
+        "--resume", f"{path}, which holds no run", "`auto`, `never`, or the folder of a run in output_dir", "check it"
+    )
+
+
+def runs_below(parent: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(folder, what is known) of every run in a folder, or of the run that it is itself; the newest first."""
+    found = []
+    for file in (*parent.glob(f"*/{RUN_FILE}"), *parent.glob(RUN_FILE)):
+        with suppress(ConfigError):
+            found.append((file.parent, read_facts(file.parent)))
+    yield from sorted(found, key=lambda pair: -float(pair[1].get("began", 0)))
+
+
+def unfinished(parent: Path, identity: Identity, *, but_for: Sequence[str]) -> Path | None:
+    """The newest run of the same training, in the same store, that is not over; some keys may differ."""
+    for path, facts in runs_below(parent):
+        same = facts["store"] == identity.store and not identity.differences(facts["params"], but_for=but_for)
+        if facts["state"] != "over" and same:
+            return path
+    return None
+
+
+@contextmanager
+def one_at_a_time(parent: Path) -> Iterator[None]:
+    """Of processes that look for a run to go on with, or make one, each sees what the one before has done.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
+    with told(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(parent / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """What keeps a folder from being used becomes one message."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            "training.output_dir", f"{path}: {error.strerror}", "a folder that can be written", "choose another"
+        ) from None
+
+
+def _take_lock(path: Path) -> int:
+    """A lock that ends with this process and that no child of it inherits, as it would a `flock`.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _write_facts(path: Path, facts: Mapping[str, Any]) -> None:
+    aside = path / f"{RUN_FILE}.writing"
+    with aside.open("w", encoding="utf-8") as handle:
+        handle.write(json.dumps(facts, indent=1) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    aside.replace(path / RUN_FILE)
+
+
+def _holder() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname()}
+
+
+def taken_again(folder: RunFolder) -> None:
+    """Note that this process goes on with a run."""
+    folder.write(state="running", **_holder())

@@ -1,0 +1,257 @@
+"""The write-ahead spool: all that a run tells the tracker, a checked line each, on disk before it is sent anywhere.
+
+A line is `CRC32 JSON`: its number, its time, what it is. Lines lie in segments named by their first line's number; old
+segments are removed when neither the tracker nor a resumed run needs them, so that the spool stays small.
+"""
+
+import json
+import os
+import shutil
+import threading
+import time
+import uuid
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+SEGMENT_BYTES = 2**17
+"""A segment that has grown beyond this is closed, and the next line begins another."""
+ARTIFACT = "artifact"
+REJECTED = "rejected.jsonl"
+_FILES = "files"
+_POSITION = "delivered.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One thing that was told."""
+
+    number: int
+    """Counted from 1 over the life of the run, without gaps."""
+    time_ms: int
+    """Since 1970, never before the entry before it, whatever the clock does."""
+    kind: str
+    body: dict[str, Any]
+
+    def line(self) -> bytes:
+        """The entry as a line with its checksum."""
+        text = json.dumps([self.number, self.time_ms, self.kind, self.body], ensure_ascii=False).encode(
+            "utf-8", "backslashreplace"
+        )
+        return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far delivery has come."""
+
+    number: int = 0
+    """The last entry that the tracker has, of all but artifacts."""
+    files: int = 0
+    """The last one of artifacts, or one after which there was none."""
+    run_id: str = ""
+    """The MLflow run; empty where it has not been made yet."""
+
+
+def entry_of(line: bytes) -> Entry | None:
+    """The entry that a line holds; None where it is torn or damaged."""
+    checksum, _, text = line.rstrip(b"\n").partition(b" ")
+    try:
+        if not line.endswith(b"\n") or int(checksum, 16) != zlib.crc32(text):
+            return None
+        number, time_ms, kind, body = json.loads(text)
+        return Entry(int(number), int(time_ms), str(kind), dict(body))
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+class Spool:
+    """The spool of one run, open for writing; one process at a time has it (see `runs`), any of its threads reads."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open or make it. What a killed process left half written at the end is cut off.
+
+        Raises:
+            OSError: it cannot be made or read.
+        """
+        self.folder = folder
+        (folder / _FILES).mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._waiting: deque[Entry] = deque()
+        self._handle: int | None = None
+        self._size = 0
+        self.trouble: OSError | None = None
+        """Why lines are held in memory at the moment, such as a full disk; None where they are on disk."""
+        self.last, self._time_ms = 0, 0
+        self._cut_torn_end()
+
+    def append(self, kind: str, **body: Any) -> Entry:
+        """Write an entry down. It survives this process at once, and the machine from the next `sync` on.
+
+        Where the disk takes nothing, the entry is held in memory and written with the next one.
+        """
+        with self._lock:
+            self.last += 1
+            self._time_ms = max(self._time_ms, int(time.time() * 1000))
+            entry = Entry(self.last, self._time_ms, kind, body)
+            self._waiting.append(entry)
+            self._write_waiting()
+            return entry
+
+    def keep_file(self, path: Path) -> str:
+        """Copy a file into the spool until it is delivered; returns its name there.
+
+        Raises:
+            OSError: there is no room.
+        """
+        return self._keep(path.name, lambda kept: shutil.copyfile(path, kept))
+
+    def keep_text(self, content: str, name: str) -> str:
+        """The same for a text that is to become a file.
+
+        Raises:
+            OSError: there is no room.
+        """
+        return self._keep(name, lambda kept: kept.write_text(content, encoding="utf-8", errors="backslashreplace"))
+
+    def _keep(self, name: str, write: Callable[[Path], object]) -> str:
+        kept = self.folder / _FILES / f"{uuid.uuid4().hex[:8]}-{name}"
+        try:
+            write(kept)
+        except OSError:
+            kept.unlink(missing_ok=True)
+            raise
+        return kept.name
+
+    def file(self, name: str) -> Path:
+        """Where a kept file lies.
+
+        Raises:
+            ValueError: the name leaves the folder, which no entry of ours does.
+        """
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is not the name of a file in the spool")
+        return self.folder / _FILES / name
+
+    def sync(self) -> None:
+        """Make what was written survive a machine that loses power."""
+        with self._lock:
+            self._write_waiting()
+            if self._handle is not None and not self._waiting:
+                try:
+                    os.fsync(self._handle)
+                except OSError as error:
+                    self.trouble = error
+
+    def read(self, after: int = 0) -> Iterator[Entry]:
+        """The entries on disk after a number, in order; damaged lines are left out, and so found by their gap."""
+        segments = self._segments()
+        for index, (_, path) in enumerate(segments):
+            if index + 1 < len(segments) and segments[index + 1][0] <= after + 1:
+                continue
+            with path.open("rb") as lines:
+                for line in lines:
+                    entry = entry_of(line)
+                    if entry is not None and entry.number > after:
+                        yield entry
+
+    def forget(self, upto: int) -> None:
+        """Remove the segments that hold no entry after `upto`; the one that is written to stays."""
+        segments = self._segments()
+        for (_, path), (following, _) in pairwise(segments):
+            if following <= upto + 1:
+                path.unlink(missing_ok=True)
+
+    @property
+    def position(self) -> Position:
+        """How far delivery has come; at the beginning where nothing is known of it."""
+        try:
+            found = json.loads((self.folder / _POSITION).read_text(encoding="utf-8"))
+            return Position(int(found["number"]), int(found["files"]), str(found["run_id"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return Position()
+
+    @property
+    def run_id(self) -> str:
+        """The MLflow run that entries go to; empty where it has not been made yet."""
+        return self.position.run_id
+
+    def set_position(self, position: Position) -> None:
+        """Remember how far delivery has come.
+
+        It need not survive a power cut: entries that are sent again change nothing.
+
+        Raises:
+            OSError: there is no room; delivery is only repeated then.
+        """
+        aside = self.folder / (_POSITION + ".writing")
+        aside.write_text(json.dumps(asdict(position)), encoding="utf-8")
+        aside.replace(self.folder / _POSITION)
+
+    def reject(self, entry: Entry, reason: str) -> None:
+        """Set an entry aside that the tracker will never take, with its reason, so that the next ones can go."""
+        with (self.folder / REJECTED).open("a", encoding="utf-8") as rejected:
+            rejected.write(json.dumps({"reason": reason, "kind": entry.kind, "body": entry.body}) + "\n")
+
+    def close(self) -> None:
+        """Write and sync what is left, and let go of the file."""
+        self.sync()
+        with self._lock:
+            if self._handle is not None:
+                os.close(self._handle)
+                self._handle = None
+
+    def _segments(self) -> list[tuple[int, Path]]:
+        """(number of its first entry, path) of every segment, in order."""
+        return sorted((int(path.stem), path) for path in self.folder.glob("[0-9]*.jsonl"))
+
+    def _write_waiting(self) -> None:
+        """Write what waits, entry by entry, so that a full disk never leaves half a line."""
+        try:
+            while self._waiting:
+                line = self._waiting[0].line()
+                handle = self._open_segment(self._waiting[0].number)
+                if os.write(handle, line) < len(line):
+                    raise OSError(28, "No space left on device")
+                self._size += len(line)
+                self._waiting.popleft()
+            self.trouble = None
+        except OSError as error:
+            self.trouble = error
+            if self._handle is not None:
+                os.ftruncate(self._handle, self._size)
+
+    def _open_segment(self, number: int) -> int:
+        if self._handle is not None and self._size > SEGMENT_BYTES:
+            os.fsync(self._handle)
+            os.close(self._handle)
+            self._handle = None
+        if self._handle is None:
+            path = self.folder / f"{number:012}.jsonl"
+            if self._size <= SEGMENT_BYTES and (segments := self._segments()):
+                path = segments[-1][1]
+            self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            self._size = os.fstat(self._handle).st_size
+        return self._handle
+
+    def _cut_torn_end(self) -> None:
+        """Find the last sound entry, and cut off what follows it in the last segment."""
+        segments = self._segments()
+        for _, path in segments[-1:]:
+            end = 0
+            with path.open("rb") as lines:
+                for line in lines:
+                    entry = entry_of(line)
+                    if entry is not None:
+                        self.last, self._time_ms = entry.number, entry.time_ms
+                    if entry is not None or line.endswith(b"\n"):  # a damaged line in the middle stays where it is
+                        end = lines.tell()
+            os.truncate(path, end)
+            self._size = end
+        if segments and not self.last:
+            self.last = segments[-1][0] - 1
+        self.last = max(self.last, self.position.number)

@@ -1,0 +1,251 @@
+"""What everything in a run logs to: entries go into the spool beside the run, and from there to MLflow."""
+
+import math
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from trainer import names
+from trainer.delivery import Delivery, Door
+from trainer.errors import Interrupted, TrainingStopped
+from trainer.redact import Redactor
+from trainer.spool import ARTIFACT, Entry, Spool
+
+
+class Tracker:
+    """What a run tells the outside. This one tells nobody: it is for all ranks but the first, which speaks for them."""
+
+    run_id = ""
+    """The MLflow run; empty as long as it has not been made, because its store is away."""
+    last = 0
+    """Number of the last entry."""
+
+    def at_end(self, log: Callable[[], None]) -> None:
+        """Call `log` before the run is closed, however it ends; it never hides the error that ended it."""
+
+    def metrics(self, row: Mapping[str, float], step: int) -> None:
+        """Log one row, all of it at one step and one time."""
+
+    def params(self, values: Mapping[str, str]) -> None:
+        """Log params; a key that is already there stays as it is."""
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags."""
+
+    def description(self, markdown: str) -> None:
+        """Set the run's description, which the MLflow UI renders."""
+
+    def text(self, content: str, artifact: str) -> None:
+        """Store a text as an artifact."""
+
+    def file(self, path: Path, folder: str | None = None) -> None:
+        """Store a file as an artifact."""
+
+    def dataset(self, name: str, digest: str, source: str, context: str) -> None:
+        """Name a dataset that the run read; `context` is train, validation or out_of_domain."""
+
+    def sync(self) -> None:
+        """Make all that was told so far survive a power cut."""
+
+    def need_from(self, number: int) -> None:
+        """Say from which entry on a resumed training would want to compare; older ones may go once delivered."""
+
+    def notices(self) -> list[str]:
+        """What there is to say about the delivery since the last call."""
+        return []
+
+    @property
+    def waiting(self) -> int:
+        """Entries that are not delivered yet."""
+        return 0
+
+    def __enter__(self) -> Self:
+        """The run is open."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the run as what it was."""
+
+
+class Diverged(TrainingStopped):
+    """A resumed training computes other numbers than it did before it was interrupted."""
+
+
+class SpoolTracker(Tracker):
+    """The tracker of a run: a spool, and the thread that delivers it."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        door: Door,
+        redactor: Redactor,
+        *,
+        resumed_after: int = 0,
+        tolerant: bool = False,
+        close_seconds: float,
+    ) -> None:
+        """Log to a spool whose first entry says which run it is.
+
+        Args:
+            spool: open for writing.
+            door: to MLflow.
+            redactor: takes secrets out of all that is told.
+            resumed_after: number of the last entry before the resume point that training goes on from; the rows that
+                come after it will be computed again, and must be the same.
+            tolerant: whether they need not be the same, because the layout or the configuration has changed.
+            close_seconds: how long the end of the run waits for the delivery.
+        """
+        self._spool, self._redactor, self._tolerant, self._close_seconds = spool, redactor, tolerant, close_seconds
+        self._needed_from = resumed_after + 1
+        self._expected: deque[Entry] = deque()
+        self._seen_sizes: set[tuple[int, frozenset[str]]] = set()
+        self._expect(entry for entry in spool.read(resumed_after) if entry.kind == "metrics")
+        self._last_words: list[Callable[[], None]] = []
+        self.delivery = Delivery(spool, door, needed_from=lambda: self._needed_from)
+
+    def _expect(self, rows: Iterable[Entry]) -> None:
+        """Keep the rows that a resumed training will bring again."""
+        for entry in rows:
+            if _exact(entry.body["values"]):
+                self._expected.append(entry)
+            else:
+                self._seen_sizes.add((entry.body["step"], frozenset(entry.body["values"])))
+
+    @property
+    def run_id(self) -> str:  # type: ignore[override]  # a plain value elsewhere
+        """The MLflow run; empty as long as it has not been made."""
+        return self._spool.run_id
+
+    @property
+    def last(self) -> int:  # type: ignore[override]
+        """Number of the last entry."""
+        return self._spool.last
+
+    def need_from(self, number: int) -> None:
+        """Say from which entry on a resumed training would want to compare; older ones may go once delivered."""
+        self._needed_from = number
+
+    def at_end(self, log: Callable[[], None]) -> None:
+        """Call `log` before the run is closed, however it ends; it never hides the error that ended it."""
+        self._last_words.append(log)
+
+    def metrics(self, row: Mapping[str, float], step: int) -> None:
+        """Log one row, all of it at one step and one time; one that was logged before the interruption is compared.
+
+        Raises:
+            Diverged: it differs in a value that is exact.
+        """
+        if not _exact(row):
+            if (step, frozenset(row)) not in self._seen_sizes:
+                self._spool.append("metrics", step=step, values=dict(row))
+        elif self._expected:
+            self._compare(self._expected.popleft(), row, step)
+        else:
+            self._spool.append("metrics", step=step, values=dict(row))
+
+    def _compare(self, before: Entry, row: Mapping[str, float], step: int) -> None:
+        if self._tolerant:
+            return
+        old, new = _exact(before.body["values"]), _exact(row)
+        if before.body["step"] == step and old.keys() == new.keys():
+            other = [key for key in new if not _same(old[key], new[key])]
+            if not other:
+                return
+            found = ", ".join(f"{key} {old[key]!r} before, {new[key]!r} now" for key in other[:5])
+        else:
+            found = f"a row of step {before.body['step']} before, one of step {step} now"
+        raise Diverged(
+            f"The resumed training is not what it was before the interruption, at step {step}: {found}. "
+            "Something beside the configuration has changed: code, libraries, machine or data. "
+            "Nothing was logged twice. Start a new run (--resume never), or go on all the same (--allow-drift)."
+        )
+
+    def params(self, values: Mapping[str, str]) -> None:
+        """Log params; a key that is already there stays as it is."""
+        self._append("params", values=dict(values))
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags."""
+        self._append("tags", values=dict(values))
+
+    def description(self, markdown: str) -> None:
+        """Set the run's description, which the MLflow UI renders."""
+        self.tags({names.TAG_NOTE: markdown})
+
+    def text(self, content: str, artifact: str) -> None:
+        """Store a text as an artifact."""
+        kept = self._spool.keep_text(self._redactor.text(content), artifact)
+        self._append(ARTIFACT, kept=kept, name=artifact, folder=None)
+
+    def file(self, path: Path, folder: str | None = None) -> None:
+        """Store a file as an artifact."""
+        self._append(ARTIFACT, kept=self._spool.keep_file(path), name=path.name, folder=folder)
+
+    def dataset(self, name: str, digest: str, source: str, context: str) -> None:
+        """Name a dataset that the run read; `context` is train, validation or out_of_domain."""
+        self._append("dataset", name=name, digest=digest, source=source, context=context)
+
+    def sync(self) -> None:
+        """Make all that was told so far survive a power cut."""
+        self._spool.sync()
+
+    def notices(self) -> list[str]:
+        """What there is to say about the delivery since the last call."""
+        return self.delivery.notices()
+
+    @property
+    def waiting(self) -> int:
+        """Entries that are not delivered yet."""
+        return self.delivery.waiting
+
+    def _append(self, kind: str, **body: Any) -> None:
+        self._spool.append(kind, **self._redactor.tree(body))
+
+    def __enter__(self) -> Self:
+        """Begin to deliver."""
+        self.delivery.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the run as what it was: FINISHED, KILLED when interrupted, FAILED (with the traceback) otherwise."""
+        status = status_after(error)
+        try:
+            for log in self._last_words:
+                with suppress(Exception) if error else nullcontext():
+                    log()
+            if status == "FAILED":
+                with suppress(OSError):
+                    self.text("".join(traceback.format_exception(kind, error, trace)), names.ARTIFACT_TRACEBACK)
+        except Exception:
+            status = "FAILED"
+            raise
+        finally:  # whatever became of the last words and the artifact
+            self._append("end", status=status)
+            self._spool.sync()
+            self.delivery.finish(self._close_seconds if error is None else min(self._close_seconds, 10.0))
+            self._spool.close()
+
+
+def status_after(error: BaseException | None) -> str:
+    """The status of a run that was ended by an error, or by none."""
+    if error is None:
+        return "FINISHED"
+    interrupted = isinstance(error, SystemExit) and error.code in (129, 130, 143)
+    return "KILLED" if interrupted or isinstance(error, KeyboardInterrupt | Interrupted) else "FAILED"
+
+
+def _exact(row: Mapping[str, float]) -> dict[str, float]:
+    """The values of a row that come out the same whenever they are computed."""
+    return {key: value for key, value in row.items() if names.metric(key).exact}
+
+
+def _same(a: float, b: float) -> bool:
+    return a == b or (math.isnan(a) and math.isnan(b))
