@@ -66,7 +66,7 @@ def run(
         from trainer import run as root
         from trainer.show import show_outcome
 
-        outcome = root.run(resolved, store=store, resume_from=resume or "auto", allow_drift=drift)
+        outcome = root.run(resolved, logs_to=store, resume_from=resume or "auto", allow_drift=drift)
         if launch.is_first():
             show_outcome(outcome)
     except BaseException as error:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -78,7 +79,8 @@ def on_first(accelerator: Accelerator, write: Callable[[], int]) -> int | str:
         try:
             outcome = [write()]
         except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
-            outcome = [str(getattr(error, "strerror", None) or error)]
+            of_safetensors = re.search(r"I/O error: (.+) \(os error", str(error))
+            outcome = [of_safetensors[1] if of_safetensors else getattr(error, "strerror", None) or str(error)]
     if accelerator.num_processes > 1:
         broadcast_object_list(outcome)
     return outcome[0]

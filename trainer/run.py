@@ -41,13 +41,13 @@ class Outcome:
 
 
 def run(
-    resolved: Resolved, *, store: Store | None = None, resume_from: str = AUTO, allow_drift: bool = False
+    resolved: Resolved, *, logs_to: Store | None = None, resume_from: str = AUTO, allow_drift: bool = False
 ) -> Outcome:
     """Train one configuration from records to checkpoints, and log it all.
 
     Args:
         resolved: the configuration.
-        store: where to log; None: to that of the environment.
+        logs_to: the tracking store, on the first rank; None: that of the environment.
         resume_from: `auto`, `never`, or the folder of an interrupted run; see `begin`.
         allow_drift: whether that one may be gone on with under another configuration.
 
@@ -61,7 +61,7 @@ def run(
     run_name = training.run_name or f"{prepared.name}-seed{training.seed}"
     accelerator = build.join_ranks(prepared, config)
     rank, ranks, first = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    store = store or launch.on_first_rank(accelerator, reach_store)
+    store = launch.on_first_rank(accelerator, lambda: logs_to or reach_store())
     rests = launch.on_first_rank(accelerator, lambda: facts.rests_on(resolved, prepared))
     identity = Identity(run_name, {**resolved.params(), **rests}, store.name)
     output = Path(training.output_dir)

@@ -8,7 +8,7 @@ them, and the frozen base needs no casting.
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -86,6 +86,9 @@ class ZeroEngine(Engine):
 
     def moments(self, tensor: TrainedTensor) -> dict[str, Tensor]:
         """What the optimizer remembers of a tensor, gathered from all ranks."""
+        mapping = cast(Any, tensor.parameter)._hp_mapping
+        if mapping is not None and not mapping.optim_fragment:
+            self._find_pieces()
         return {name: safe_get_full_optimizer_state(tensor.parameter, name).detach() for name in MOMENTS}
 
     def load_moments(self, updates: int, moment: Callable[[TrainedTensor, str], Tensor]) -> None:
@@ -99,10 +102,20 @@ class ZeroEngine(Engine):
                 "step": torch.tensor(float(updates), device=flat.device),
                 **{name: torch.zeros_like(flat) for name in MOMENTS},
             }
-        zero._lazy_init_hp_params_optimizer_state()  # else done at the first update: pieces by parameter
+        self._find_pieces()
         for tensor in self.trained:
             for name in MOMENTS:
                 safe_set_full_optimizer_state(tensor.parameter, moment(tensor, name).to(self.device), name)
+
+    def _find_pieces(self) -> None:
+        """Tell every parameter where in the optimizer's state its piece lies.
+
+        DeepSpeed does it after its first update, but then of the first parameter group alone: it looks when the others
+        have no state yet.
+        """
+        zero: Any = self._model.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
     def _own_gradient(self, tensor: TrainedTensor) -> Tensor | None:
         """The piece of a tensor's gradient that this rank keeps; None where all of it lies on other ranks."""
