@@ -19,10 +19,22 @@ from trainer.resume import FOLDER, Point, forget_points, newest_good, read_point
 from trainer.runs import Identity, RunFolder, held, new_run, one_at_a_time, taken_again, unfinished
 from trainer.spool import Position, Spool
 from trainer.sync import close_dead
-from trainer.tracker import SpoolTracker, Tracker
+from trainer.tracker import Diverged, SpoolTracker, Tracker
 from trainer.tracking import MlflowDoor, Store, beginning, made_for_us, reach_store, told
 
 AUTO, NEVER = "auto", "never"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What was asked for about an interrupted run."""
+
+    resume: str
+    """`auto`, `never`, or the folder of a run, or of one of its resume points."""
+    allow_drift: bool
+    """Whether it may be gone on with under another configuration."""
+    total_steps: int
+    """Optimizer steps of the training that was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +67,7 @@ class Begun:
         if self.folder is None:
             return
         nothing_begun = self.folder.spool.last == 0
-        over = error is None or isinstance(error, TrainingStopped)
+        over = error is None or (isinstance(error, TrainingStopped) and not isinstance(error, Diverged))
         with suppress(OSError):
             self.folder.write(state="over" if over else "interrupted")
             if error is None:
@@ -65,48 +77,53 @@ class Begun:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
-def begin_on_ranks(accelerator: Any, identity: Identity, parent: Path, *, resume: str, allow_drift: bool) -> Begun:
+def begin_on_ranks(accelerator: Any, identity: Identity, parent: Path, asked: Asked) -> Begun:
     """`begin` on the first rank; the others get what they need to know."""
     begun: Begun | None = launch.on_first_rank(
-        accelerator, lambda: begin(parent, identity, resume=resume, allow_drift=allow_drift), elsewhere=lambda: None
+        accelerator, lambda: begin(parent, identity, asked), elsewhere=lambda: None
     )
     known: Begun = launch.on_first_rank(accelerator, lambda: replace(begun, folder=None) if begun else None)
     return begun or known
 
 
-def begin(parent: Path, identity: Identity, *, resume: str, allow_drift: bool) -> Begun:
+def begin(parent: Path, identity: Identity, asked: Asked) -> Begun:
     """Find the run to go on with, or make a new one.
 
     Args:
         parent: folder of all runs.
         identity: of the training that was asked for.
-        resume: `auto`, `never`, or the folder of a run, or of one of its resume points.
-        allow_drift: whether a run may be gone on with under another configuration.
+        asked: how.
 
     Raises:
         ConfigError: the run is held by another process, is over, differs, or cannot be read.
     """
     with one_at_a_time(parent):
-        wanted = Path(resume) if resume not in (AUTO, NEVER) else None
-        if resume == AUTO:
+        wanted = Path(asked.resume) if asked.resume not in (AUTO, NEVER) else None
+        if asked.resume == AUTO:
             wanted = unfinished(parent, identity, but_for=DIGESTS)  # changed data is no other training, but a mistake
         if wanted is None:
             folder = new_run(parent, identity)
             folder.write(made_with=provenance.made_with())
             begun = Begun(folder.path, None, folder=folder)
         else:
-            begun = _again(wanted, identity, allow_drift)
+            begun = _again(wanted, identity, asked)
     closed = close_dead(parent, but=begun.path)
     return replace(begun, lines=(*closed, *begun.lines))
 
 
-def _again(wanted: Path, identity: Identity, allow_drift: bool) -> Begun:
+def _again(wanted: Path, identity: Identity, asked: Asked) -> Begun:
     """Take an interrupted run as it stands, with its newest sound resume point or the one that was named."""
     named = wanted if wanted.parent.name == FOLDER else None
     folder = held(named.parent.parent if named else wanted)
     try:
-        drift = _allowed(folder, identity, allow_drift)
+        drift = _allowed(folder, identity, asked.allow_drift)
         point, lines = _named_point(named) if named else newest_good(folder.path)
+        if point is not None and point.position.seen.step > asked.total_steps:
+            step, end = point.position.seen.step, asked.total_steps
+            raise ConfigError(
+                "--resume", f"{point.folder}, after optimizer step {step}, for a training of {end} steps",
+                "a resume point before the end", "name an older one, or start a new run with --resume never",
+            )  # fmt: skip
         before = {key: folder.facts["params"].get(key) for key in identity.layout()}
         layout = {key: (old, new) for key, new in identity.layout().items() if (old := before[key]) != new}
         if layout:

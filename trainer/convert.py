@@ -150,13 +150,13 @@ def _check_arguments(source: Path, out: Path, images: Path | None, domain: str |
     """
     if domain is not None and (problem := domain_problem(domain)):
         raise DataError("--domain", problem, "1 to 100 letters, digits, `_`, `-`, `.`, spaces", "choose another name")
-    if images is not None and not images.is_dir():
+    if images is not None and not os.path.isdir(images):  # unlike Path's, it does not raise where a name is too long
         raise DataError("--images", f"{images}: no such folder", "the folder of the image files", "correct the path")
-    if out.resolve() == source.resolve():
+    if os.path.realpath(out) == os.path.realpath(source):
         raise DataError("--to", f"{out} is the source itself", "another file", "choose another name")
-    if out.is_dir():
+    if os.path.isdir(out):
         raise DataError("--to", f"{out} is a folder", "a file, like data/train.jsonl", "add a file name")
-    if out.exists() and not force:
+    if os.path.exists(out) and not force:
         raise DataError("--to", f"{out} exists", "a new file", "choose another name, or replace it with --force")
 
 
@@ -166,6 +166,8 @@ def _load(source: Path, form: Format | None) -> dict[str, Any] | list[bytes]:
     Raises:
         DataError: the file cannot be read, or is neither.
     """
+    if os.path.exists(source) and not os.path.isfile(source):
+        raise _not_a_source(source, "not a regular file")  # a pipe or a device may have no end
     try:
         data = source.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 EVAL, PROBE, OOD, EXCHANGED = "eval", "probe", "ood", "exchanged_images"
@@ -74,13 +74,18 @@ def eval_done_of(tree: Mapping[str, Any]) -> EvalDone:
     """The event that `dataclasses.asdict` has made a tree of.
 
     Raises:
-        KeyError, TypeError: it is another tree.
+        KeyError, TypeError, ValueError: it is another tree.
     """
     losses = {
-        name: RecordLosses(*(tuple(of_set[field.name]) for field in fields(RecordLosses)))
+        name: RecordLosses(
+            tuple(map(str, of_set["record_ids"])),
+            tuple(None if domain is None else str(domain) for domain in of_set["domains"]),
+            tuple(map(float, of_set["loss_sums"])),
+            tuple(map(int, of_set["token_counts"])),
+        )
         for name, of_set in tree["losses"].items()
     }
-    return EvalDone(Seen(**tree["seen"]), losses, tree["seconds"])
+    return EvalDone(Seen(**tree["seen"]), losses, float(tree["seconds"]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,6 +153,8 @@ class Gate:
         Raises:
             KeyError, TypeError, ValueError: it is not a state.
         """
+        if strange := set(state["gradient_norms"]) - {tensor.name for tensor in self._trained}:
+            raise ValueError(f"{min(strange)} does not train")
         self._gradient_norms = {str(name): float(norm) for name, norm in state["gradient_norms"].items()}
         self._update_norms = {str(name): float(norm) for name, norm in state["update_norms"].items()}
         self._seen_weights, self._looked_after = bool(state["seen_weights"]), int(state["looked_after"])

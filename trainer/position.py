@@ -1,8 +1,9 @@
 """Where training stands, as a resume point keeps it, and what those outside may ask of it meanwhile."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from trainer.events import Seen
 
@@ -49,6 +50,28 @@ class Wishes(Protocol):
     """End after this optimizer step."""
     save: bool
     """Write a resume point and go on."""
+
+
+def position_of(tree: Mapping[str, Any]) -> Position:
+    """The position that `dataclasses.asdict` has made a tree of.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is another tree.
+    """
+    seen, progress = Seen(**tree["seen"]), Progress(**tree["progress"])
+    counts = (
+        seen.step,
+        seen.samples,
+        seen.tokens,
+        seen.supervised_tokens,
+        progress.evaluations,
+        progress.without_better,
+    )
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError(f"not all of {counts} are counts")
+    for number in (seen.epoch, seen.train_seconds, progress.lowest, progress.best_saved):
+        float(number)
+    return Position(seen, progress, passed=tree["passed"] is True, ended=tree["ended"] is True)
 
 
 @dataclass(slots=True)

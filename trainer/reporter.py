@@ -3,6 +3,7 @@
 import resource
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,9 +19,9 @@ from trainer.tracker import Tracker
 class Reporter:
     """The `emit` of one run."""
 
-    def __init__(self, tracker: Tracker, meter: Meter, display: Display) -> None:
-        """Report to a tracker and a display."""
-        self._tracker, self._meter, self._display = tracker, meter, display
+    def __init__(self, tracker: Tracker, meter: Meter, display: Display, home: Path) -> None:
+        """Report to a tracker and a display; `home` is the folder of the run's checkpoints."""
+        self._tracker, self._meter, self._display, self._home = tracker, meter, display, home
         self._process = psutil.Process()
         self._process.cpu_percent()  # the first call starts the clock and returns 0
         self.latest: dict[str, float] = {}
@@ -56,7 +57,7 @@ class Reporter:
             "meter": self._meter.state(),
             "latest": self.latest,
             "evaluations": {kind: asdict(event) for kind, event in self.evaluations.items()},
-            "checkpoints": {kind: asdict(event) for kind, event in self.checkpoints.items()},
+            "checkpoints": {kind: [asdict(saved.seen), saved.size_bytes] for kind, saved in self.checkpoints.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -69,8 +70,8 @@ class Reporter:
         self.latest = {str(name): float(value) for name, value in state["latest"].items()}
         self.evaluations = {kind: eval_done_of(event) for kind, event in state["evaluations"].items()}
         self.checkpoints = {
-            kind: CheckpointSaved(**{**event, "seen": Seen(**event["seen"])})
-            for kind, event in state["checkpoints"].items()
+            kind: CheckpointSaved(Seen(**seen), kind, str(self._home / Path(kind).name), int(size))
+            for kind, (seen, size) in state["checkpoints"].items()
         }
 
     def log(self, row: Mapping[str, float], step: int) -> None:

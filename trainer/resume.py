@@ -22,9 +22,9 @@ from torch import Tensor
 
 from trainer.checkpoint import MANIFEST, BadCheckpoint, mend, on_first, step_of, verify, write_folder
 from trainer.engine import MOMENTS, Engine
-from trainer.events import SaveFailed, Seen
+from trainer.events import SaveFailed
 from trainer.model import TrainedTensor
-from trainer.position import Position, Progress
+from trainer.position import Position, position_of
 
 FOLDER = "resume"
 _TENSORS, _STATE, _BEST = "tensors.safetensors", "state.json", "best"
@@ -144,8 +144,9 @@ def read_point(folder: Path) -> Point:
         if manifest["format"] != _FORMAT:
             raise BadCheckpoint(f"of format {manifest['format']!r}; this version reads {_FORMAT}")
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        at = state["position"]
-        position = Position(Seen(**at["seen"]), Progress(**at["progress"]), bool(at["passed"]), bool(at["ended"]))
+        position = position_of(state["position"])
+        if position.seen.step != step_of(folder):
+            raise BadCheckpoint(f"it holds step {position.seen.step}")
         return Point(folder, position, int(manifest["spool"]), {str(k): dict(v) for k, v in state["parts"].items()})
 
 
@@ -197,7 +198,7 @@ def restore_best(root: Path, point: Point) -> None:
     kept, best = point.folder / _BEST, root / "best"
     if not kept.is_dir():
         shutil.rmtree(best, ignore_errors=True)
-    elif not best.is_dir() or (best / MANIFEST).read_bytes() != (kept / MANIFEST).read_bytes():
+    elif _manifest(best) != _manifest(kept):
         write_folder(best, lambda aside: _copy_files(kept, aside), _facts(kept))
 
 
@@ -210,6 +211,13 @@ def _copy_files(source: Path, to: Path) -> None:
     for path in source.iterdir():
         if path.name != MANIFEST:
             shutil.copyfile(path, to / path.name)
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        return verify(folder)
+    except BadCheckpoint:
+        return None
 
 
 def _facts(folder: Path) -> dict[str, Any]:

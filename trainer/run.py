@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer import build, facts, launch, resume
-from trainer.begin import AUTO, begin_on_ranks, open_tracker, restored
+from trainer.begin import AUTO, Asked, begin_on_ranks, open_tracker, restored
 from trainer.budget import cadence_from
 from trainer.checkpoint import Saver
 from trainer.config.resolved import Resolved
@@ -64,8 +64,8 @@ def run(
     store = launch.on_first_rank(accelerator, lambda: logs_to or reach_store())
     rests = launch.on_first_rank(accelerator, lambda: facts.rests_on(resolved, prepared))
     identity = Identity(run_name, {**resolved.params(), **rests}, store.name)
-    output = Path(training.output_dir)
-    with begin_on_ranks(accelerator, identity, output, resume=resume_from, allow_drift=allow_drift) as begun:
+    asked = Asked(resume_from, allow_drift, budget.total_steps)
+    with begin_on_ranks(accelerator, identity, Path(training.output_dir), asked) as begun:
         # model, wrapped as the plan says
         model = apply_plan(build.load_base(config, prepared.tools), prepared.plan, seed=training.seed)
         checkpoint_layers(model, build.checkpointed_parts(config))
@@ -94,7 +94,7 @@ def run(
         with tracker, Display(budget.total_steps, quiet=not first) as display:
             for line in (*begun.lines, *prepared.no_effect):
                 display.say(line)
-            reporter = Reporter(tracker, build.meter_from(config, budget.total_steps), display)
+            reporter = Reporter(tracker, build.meter_from(config, budget.total_steps), display, begun.path)
             remembers: dict[str, resume.Stateful] = {"gate": gate, "reporter": reporter}
             restored(begun, lambda point: resume.restore_parts(point, remembers))
             if first and begun.point is None:

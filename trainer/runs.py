@@ -135,7 +135,8 @@ def read_facts(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
         if facts["format"] == _FORMAT and isinstance(facts["params"], dict):
-            return {**facts, "key": str(facts["key"]), "state": str(facts["state"]), "store": str(facts["store"])}
+            texts = {key: str(facts[key]) for key in ("key", "state", "store", "host")}
+            return {**facts, **texts, "pid": int(facts["pid"]), "began": float(facts["began"])}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise ConfigError(
@@ -149,7 +150,7 @@ def runs_below(parent: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for file in (*parent.glob(f"*/{RUN_FILE}"), *parent.glob(RUN_FILE)):
         with suppress(ConfigError):
             found.append((file.parent, read_facts(file.parent)))
-    yield from sorted(found, key=lambda pair: -float(pair[1].get("began", 0)))
+    yield from sorted(found, key=lambda pair: -pair[1]["began"])
 
 
 def unfinished(parent: Path, identity: Identity, *, but_for: Sequence[str]) -> Path | None:
