@@ -11,12 +11,13 @@ TORCH := torch==2.13.0
 
 STRATEGIES := last6_lora last6_full all_lora all_full frozen_vision last6_lora_noisy
 
-.PHONY: help setup setup-dev test test-slow test-environment check format ui pocket_base $(STRATEGIES)
+.PHONY: help setup setup-dev test test-slow test-faults test-environment check format ui pocket_base $(STRATEGIES)
 
 help:
 	@echo "make last6_lora     train a strategy (also: $(filter-out last6_lora,$(STRATEGIES))); ARGS='-P seed=18' passes more"
 	@echo "make ui             open the MLflow UI on what was trained"
 	@echo "make test           set up and run the tests      make check   ruff, format, mypy"
+	@echo "make test-faults    kill runs, servers and disks; ARGS=--long as often as docs/reliability.md says (an hour)"
 	@echo "make pocket_base    train the built-in base model again (about 25 minutes on two cores)"
 
 setup: $(VENV)/.installed
@@ -44,6 +45,9 @@ test: setup-dev
 
 test-slow: setup-dev
 	$(BIN)/python -m pytest -m slow
+
+test-faults: setup-dev
+	$(BIN)/python -m pytest tests/faults -s $(ARGS)
 
 test-environment: setup-dev
 	$(BIN)/python -m pytest -m environment

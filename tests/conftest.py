@@ -166,3 +166,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """`--screenshots docs` keeps what the browser tests see, for the documentation; `--long` is for `tests/faults`."""
     parser.addoption("--screenshots", help="folder that the browser tests write their screenshots to")
     parser.addoption("--long", action="store_true", help="faults as often as docs/reliability.md says: an hour")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is marked `long` runs with `--long` alone."""
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="only with --long: make test-faults ARGS=--long"))

@@ -212,6 +212,9 @@ def test_two_processes_cannot_train_one_run_and_a_dead_one_keeps_nothing(interru
     first = start_trainer(*COMMAND, cwd=interrupted.folder, store=interrupted.store)
     try:
         wait_for(first, "going on with")
+        deadline = time.monotonic() + 30
+        while runs_in(interrupted.store)[0].info.status != "RUNNING" and time.monotonic() < deadline:
+            time.sleep(0.1)
         os.killpg(first.pid, signal.SIGSTOP)
         second = trainer(*COMMAND, cwd=interrupted.folder, store=interrupted.store)
         assert second.returncode == 2, second.stderr
@@ -220,7 +223,7 @@ def test_two_processes_cannot_train_one_run_and_a_dead_one_keeps_nothing(interru
         os.killpg(first.pid, signal.SIGKILL)
         first.wait(30)
     assert [run.info.status for run in runs_in(interrupted.store)] == ["RUNNING"]
-    other = [*COMMAND, "--seed", "4", "--max_steps", "1", "--tracking.generate_records", "0"]
+    other = ["run", "last6_lora", "--seed", "4", *flags({**SHORT, "training.max_steps": "1"})]
     done = trainer(*other, cwd=interrupted.folder, store=interrupted.store)
     assert done.returncode == 0 and "whose process had died" in done.stderr
     assert MlflowClient(interrupted.store).get_run(interrupted.run_id).info.status == "KILLED"

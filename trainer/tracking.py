@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +20,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, PERMISSION_DENIED, RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.store.db.utils import create_sqlalchemy_engine
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
@@ -84,6 +84,10 @@ class MlflowDoor:
         Raises:
             TrackingError: the run was made for us and has ended, or the experiment was deleted.
         """
+        with refused(self._uri):
+            return self._begin(entry)
+
+    def _begin(self, entry: Entry) -> str:
         body, key = entry.body, entry.body["key"]
         if body["adopt"]:
             return _adopt(self.client, body["adopt"], body["run_name"], key)
@@ -110,10 +114,9 @@ class MlflowDoor:
             never = error.error_code == ErrorCode.Name(INVALID_PARAMETER_VALUE)
             if not never or self.client.get_run(run_id).info.lifecycle_stage != LifecycleStage.ACTIVE:
                 raise
-            if len(together) > 1:
-                for entry in together:
-                    self._deliver([entry], spool, run_id)
-            else:
+            for part in _parts(together):
+                self._deliver([part], spool, run_id)
+            if len(_parts(together)) == 0:
                 spool.reject(together[0], str(error))
         return run_id
 
@@ -141,6 +144,14 @@ class MlflowDoor:
                 client.update_run(run_id, status="RUNNING")
             case "end", {"status": status}:
                 client.set_terminated(run_id, status, end_time=entry.time_ms)
+
+
+def _parts(together: Sequence[Entry]) -> list[Entry]:
+    """What was refused together, in smaller pieces: entries, or single values; none where it is as small as can be."""
+    values = together[0].body.get("values", {}).items()
+    pieces = [replace(together[0], body={**together[0].body, "values": {key: value}}) for key, value in values]
+    pieces = list(together) if len(together) > 1 else pieces
+    return pieces if len(pieces) > 1 else []
 
 
 def _named(path: Path, wanted: Path) -> Path:
@@ -274,11 +285,28 @@ def told(uri: str) -> Iterator[None]:
         text = (str(error).strip() or type(error).__name__).splitlines()[0].replace(uri, without_password(uri))
         if schema := _SCHEMA.search(text):
             raise _other_schema(uri, schema[1]) from None
+        login = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.mlflow/credentials"
         raise TrackingError(
             f"MLFLOW_TRACKING_URI ({without_password(uri)})",
             text,
-            "a database (sqlite:///mlflow.db, postgresql://...) or a running MLflow server (http://...)",
-            "start the server or correct MLFLOW_TRACKING_URI",
+            "a database (sqlite:///mlflow.db, postgresql+psycopg2://...) or a running MLflow server (http://...)",
+            f"log in: {login}" if "error code 401" in text else "start the server or correct MLFLOW_TRACKING_URI",
+        ) from None
+
+
+@contextmanager
+def refused(uri: str) -> Iterator[None]:
+    """A server that knows the user and does not let them is a mistake, and no outage."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(PERMISSION_DENIED) and "error code 403" not in str(error):
+            raise
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI ({without_password(uri)})",
+            "this user may not log to this experiment (403)",
+            "an experiment of one's own, or one that its owner has granted EDIT",
+            "set MLFLOW_EXPERIMENT_NAME (mlflow run: --experiment-name) to another, or ask its owner",
         ) from None
 
 

@@ -25,7 +25,7 @@ class Result:
     files: dict[str, str]
     """Adapter's file -> SHA-256."""
     memory: dict[str, object]
-    """Tensor of the last resume point (weights and what the optimizer remembers) -> its bytes."""
+    """Tensor of the last resume point (weights and what the optimizer remembers), if it was left -> its bytes."""
 
 
 def result_of(folder: Path, store: str) -> Result:
@@ -36,8 +36,8 @@ def result_of(folder: Path, store: str) -> Result:
     rows = {name: sorted((m.step, m.value) for m in history) for name, history in histories.items()}
     (home,) = (path.parent for path in (folder / "output").glob("*/run.json"))
     adapters = {path.parent.name: file_sha256(path) for path in home.glob("*/adapter_model.safetensors")}
-    last = max(home.glob("resume/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-    tensors = load_file(last / "tensors.safetensors")
+    points = sorted(home.glob("resume/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    tensors = load_file(points[-1] / "tensors.safetensors") if points else {}
     return Result(run, rows, adapters, {name: value.numpy().tobytes() for name, value in tensors.items()})
 
 

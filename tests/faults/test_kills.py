@@ -1,13 +1,17 @@
 """SIGKILL at chosen and at random moments, then the same command again: as if nothing had happened.
 
-The short form dies once in every place; `--long` fifty times, at least five in each (`make test-faults ARGS=--long`).
+The short form dies once in each of three places; `make test-faults ARGS=--long` seven times in each of eight, and
+twenty times under ZeRO-2 on two ranks.
 """
 
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +20,10 @@ import pytest
 
 from tests.faults.comparing import SHORT, Result, assert_same, result_of
 from tests.faults.dying import PLACES
-from tests.running import empty_store, environment, flags
+from tests.running import empty_store, environment, flags, start_trainer, trainer, wait_for
 
 COMMAND = ["run", "last6_lora", "--seed", "3", *flags(SHORT)]
+TWO_RANKS = [*COMMAND, "--launch.nproc", "2", "--deepspeed.enabled", "true", "--tracking.generate_records", "0"]
 
 # Place -> (how often it is passed at most in such a run before the fault, seconds it takes at most).
 EXTENT = {
@@ -31,6 +36,8 @@ EXTENT = {
     "a spool write": (30, 1.0),
     "after the last step": (0, 3.0),
 }
+
+SHORTLY = ("an evaluation", "the save of a resume point", "a spool write")
 
 
 def trained(folder: Path, fault: dict[str, object] | None = None) -> subprocess.CompletedProcess[str]:
@@ -69,12 +76,12 @@ def test_a_run_killed_anywhere_and_resumed_is_bit_identical(
     tmp_path: Path, left_alone: Result, request: pytest.FixtureRequest
 ) -> None:
     """Every exact metric, the adapters, what the optimizer remembers; no row is missing and none there twice."""
-    times = 7 if request.config.getoption("--long") else 1
+    is_long = request.config.getoption("--long")
     draw = random.Random(20261126)
     faults = [
         {"place": place, "unharmed": draw.randint(0, most), "seconds": draw.uniform(0, seconds)}
         for place, (most, seconds) in EXTENT.items()
-        for _ in range(times)
+        for _ in range(7 if is_long else place in SHORTLY)
     ]
     assert EXTENT.keys() == PLACES.keys()
     with ThreadPoolExecutor(2) as pool:
@@ -84,3 +91,39 @@ def test_a_run_killed_anywhere_and_resumed_is_bit_identical(
     for place, count in sorted(fell.items()):
         print(f"  {count:3} in {place}")
     assert sum(count for place, count in fell.items() if place in EXTENT) >= 0.8 * len(faults)
+
+
+@pytest.mark.long
+def test_two_ranks_under_zero2_killed_at_random_and_resumed_are_bit_identical(tmp_path: Path) -> None:
+    """One rank, or all that was started, dies at a random moment after a random step; twenty times."""
+    draw, fell = random.Random(20), Counter[str]()
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    store = empty_store(alone)
+    done = trainer(*TWO_RANKS, cwd=alone, store=store)
+    assert done.returncode == 0, done.stderr
+    left_alone = result_of(alone, store)
+    for number in range(20):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        store = empty_store(folder)
+        step, whom = draw.randrange(0, 6), draw.choice(["one rank", "everything"])
+        process = start_trainer(*TWO_RANKS, cwd=folder, store=store)
+        wait_for(process, f"step {step}/6")
+        time.sleep(draw.uniform(0, 1.0))
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        if whom == "everything":
+            for rank in ranks:
+                os.kill(int(rank), signal.SIGKILL)
+            process.kill()
+        else:
+            os.kill(int(draw.choice(ranks)), signal.SIGKILL)
+        process.communicate(timeout=120)
+        fell[f"{whom}, after the line of step {step}"] += 1
+        resumed = trainer(*TWO_RANKS, cwd=folder, store=store)
+        assert resumed.returncode == 0, (number, step, whom, resumed.stderr)
+        assert_same(result_of(folder, store), left_alone)
+        shutil.rmtree(folder)
+    print("\nwhere two ranks were killed, all bit-identical after they were resumed:")
+    for place, count in sorted(fell.items()):
+        print(f"  {count:3} {place}")
