@@ -2,13 +2,33 @@
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from trainer import names
 from trainer.errors import TrackingError
 
-_SECRET = re.compile(r"(?i)([?&][^=&]*(?:pass|pwd|token|secret)[^=&]*=)[^&#]*")
+_SECRET = re.compile(
+    r"(?i)([?&][^=&]*(?:pass|pwd|token|secret|signature|credential|api_?key|odbc_connect)[^=&]*=)[^&#]*"
+)
+_DATABASE_USER = re.compile(r"(?<=://)[^/:@?]*:[^?]*@")
+"""SQLAlchemy takes a password with a slash in it, which is no part of a host elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Where runs are logged."""
+
+    uri: str
+    """Without user and password of a server."""
+    away: str
+    """Why it cannot be reached at the moment; empty where it can."""
+
+    @property
+    def name(self) -> str:
+        """What it is called everywhere: without passwords, and the same from every folder."""
+        return store_name(self.uri)
 
 
 def store_name(uri: str) -> str:
@@ -25,7 +45,13 @@ def tracking_uri() -> str:
         TrackingError: it is a file store, which MLflow has deprecated and on which replay is not safe.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or names.DEFAULT_TRACKING_URI
-    if urlsplit(uri).scheme in ("", "file") and uri != "databricks":
+    try:
+        scheme = urlsplit(uri).scheme
+    except ValueError as error:
+        raise TrackingError(
+            "MLFLOW_TRACKING_URI", f"{_DATABASE_USER.sub('', uri)} ({error})", "an address", "correct it"
+        ) from None
+    if scheme in ("", "file") and uri != "databricks":
         raise TrackingError(
             "MLFLOW_TRACKING_URI",
             f"{uri}, a file store",
@@ -37,8 +63,12 @@ def tracking_uri() -> str:
 
 def without_password(uri: str) -> str:
     """A URI that can be shown: user and password, where it has them, are left out."""
-    netloc = urlsplit(uri).netloc
-    return _SECRET.sub(r"\1***", uri.replace(netloc, netloc.rpartition("@")[2], 1) if "@" in netloc else uri)
+    parts = urlsplit(uri)
+    if "@" in parts.netloc:
+        uri = uri.replace(parts.netloc, parts.netloc.rpartition("@")[2], 1)
+    elif parts.scheme not in ("http", "https"):
+        uri = _DATABASE_USER.sub("", uri)
+    return _SECRET.sub(r"\1***", uri)
 
 
 def without_credentials(uri: str) -> str:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from trainer import launch, names, provenance
+from trainer.addresses import Store
 from trainer.checkpoint import BadCheckpoint
 from trainer.errors import ConfigError, TrainingStopped, UserError
 from trainer.facts import DIGESTS
@@ -20,7 +21,7 @@ from trainer.runs import Identity, RunFolder, held, new_run, one_at_a_time, take
 from trainer.spool import Position, Spool
 from trainer.sync import close_dead
 from trainer.tracker import Diverged, SpoolTracker, Tracker
-from trainer.tracking import MlflowDoor, Store, beginning, made_for_us, reach_store, told
+from trainer.tracking import MlflowDoor, beginning, made_for_us, reach_store, told
 
 AUTO, NEVER = "auto", "never"
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer import build, facts, launch, resume
+from trainer.addresses import Store
 from trainer.begin import AUTO, Asked, begin_on_ranks, open_tracker, restored
 from trainer.budget import cadence_from
 from trainer.checkpoint import Saver
@@ -22,7 +23,7 @@ from trainer.reporter import Reporter
 from trainer.runs import Identity
 from trainer.signals import SIGNALS
 from trainer.tracker import Tracker
-from trainer.tracking import Store, reach_store
+from trainer.tracking import reach_store
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,22 @@
 """Delivers what runs could not deliver while they trained, and closes runs whose process has died (`trainer sync`)."""
 
 import os
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from trainer.addresses import store_name
-from trainer.delivery import Courier
-from trainer.errors import ConfigError, TrackingError, reason_of
-from trainer.runs import Busy, RunFolder, held, runs_below
-from trainer.spool import REJECTED
-from trainer.tracking import MlflowDoor, Store, reach_store
+from trainer.addresses import Store, store_name
+from trainer.delivery import Courier, told_in_a_line
+from trainer.errors import ConfigError, TrackingError
+from trainer.runs import RUN_FILE, Busy, RunFolder, held, runs_below
+from trainer.spool import BEGIN, REJECTED, Entry, Position
+from trainer.tracking import MlflowDoor, beginning, reach_store
+
+STILL_TRAINING = "still training: it delivers by itself"
+_OTHERS_SECONDS = 20.0
+"""How long a training waits at its beginning for the delivery of runs that have died."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +28,7 @@ class Synced:
     delivered: int
     """Entries that went now."""
     waiting: int
-    """Entries that could not."""
+    """Entries that could not; at least one where they cannot be counted."""
     note: str
     """Why not, or what else there is to know; empty where there is nothing."""
 
@@ -36,22 +40,27 @@ def close_dead(parent: Path, *, but: Path | None = None) -> list[str]:
         parent: folder of runs.
         but: a run that is left alone.
     """
-    lines = []
+    lines, until = [], time.monotonic() + _OTHERS_SECONDS
+
+    def count(_: int) -> None:
+        if time.monotonic() > until:
+            raise TimeoutError("the rest would take longer: python -m trainer sync")
+
     for path, facts in runs_below(parent):
-        if facts["state"] == "running" and path != but:
+        if facts["state"] == "running" and (but is None or path.resolve() != but.resolve()):
             with suppress(ConfigError):
                 folder = held(path)
                 try:
                     _close(folder)
-                    done = _deliver(folder, lambda _: None)
-                    lines.append(f"closed {path}, whose process had died{f' ({done.note})' if done.note else ''}")
+                    note = _deliver(folder, count).note if time.monotonic() < until else "not delivered yet"
+                    lines.append(f"closed {path}, whose process had died{f' ({note})' if note else ''}")
                 finally:
                     folder.release()
     return lines
 
 
 def sync(folders: Iterable[Path], watch: Callable[[Path, int, int], None]) -> list[Synced]:
-    """Deliver all runs of some folders to their ends.
+    """Deliver all runs of some folders to their ends; what is wrong with one keeps no other from it.
 
     Args:
         folders: of runs, or folders of such folders.
@@ -60,20 +69,22 @@ def sync(folders: Iterable[Path], watch: Callable[[Path, int, int], None]) -> li
     Raises:
         ConfigError: a folder holds no run.
     """
-    found: dict[Path, dict[str, Any]] = {}
+    found: dict[Path, Path] = {}
     for parent in folders:
-        below = dict(runs_below(parent))
+        below = [file.parent for file in (*parent.glob(f"*/{RUN_FILE}"), *parent.glob(RUN_FILE))]
         if not below:
             raise ConfigError("sync", f"{parent}, which holds no run", "folders of runs, such as output", "check it")
-        found |= below
-    return [_sync(path, watch) for path in sorted(found)]
+        found |= {path.resolve(): path for path in below}
+    return [_sync(path, watch) for path in sorted(found.values())]
 
 
 def _sync(path: Path, watch: Callable[[Path, int, int], None]) -> Synced:
     try:
         folder = held(path)
     except Busy:
-        return Synced(path, "", 0, 0, "still training: it delivers by itself")
+        return Synced(path, "", 0, 0, STILL_TRAINING)
+    except ConfigError as error:
+        return Synced(path, "", 0, 1, f"cannot be read ({told_in_a_line(error)})")
     try:
         if folder.facts["state"] == "running":
             _close(folder)
@@ -92,26 +103,46 @@ def _sync(path: Path, watch: Callable[[Path, int, int], None]) -> Synced:
 
 
 def _close(folder: RunFolder) -> None:
-    """Say for a dead process how its run has ended; it can be gone on with."""
-    folder.spool.append("end", status="KILLED")
-    folder.write(state="interrupted")
+    """Say for a dead process how its run has ended, where it had begun; it can be gone on with."""
+    if folder.spool.last:
+        folder.spool.append("end", status="KILLED")
+    with suppress(OSError):  # no room: it is closed once more the next time
+        folder.write(state="interrupted")
 
 
 def _deliver(folder: RunFolder, count: Callable[[int], None]) -> Synced:
     spool, before = folder.spool, folder.spool.last - _waiting(folder)
-    courier, note = Courier(spool, MlflowDoor("")), ""
+    lost, note = 0, ""
     try:
-        courier = Courier(spool, MlflowDoor(_store_of(folder).uri))
-        courier.carry_all(count)
+        door = MlflowDoor(_store_of(folder).uri)
+        _begin_anew(folder, door)
+        courier = Courier(spool, door)
+        try:
+            courier.carry_all(count)
+        finally:
+            lost = courier.lost
         if folder.facts["state"] == "over":
             spool.forget(courier.number)
     except Exception as error:  # noqa: BLE001  # told, and the next sync tries again
-        note = f"{error.where}: {error.got}" if isinstance(error, TrackingError) else reason_of(error)
-    if courier.lost:
-        note = f"{courier.lost} entries were damaged on disk {note}".strip()
+        note = told_in_a_line(error)
+    if lost:
+        note = f"{lost} entries were damaged on disk {note}".strip()
     if (spool.folder / REJECTED).exists():
         note = f"MLflow refuses what is set aside in {spool.folder / REJECTED} {note}".strip()
-    return Synced(folder.path, spool.run_id, courier.number - before, spool.last - courier.number, note)
+    waiting = _waiting(folder)
+    return Synced(folder.path, spool.run_id, spool.last - waiting - before, waiting, note)
+
+
+def _begin_anew(folder: RunFolder, door: MlflowDoor) -> None:
+    """Make or find the MLflow run where the entry that describes it is damaged and was never delivered."""
+    spool = folder.spool
+    first = next(spool.read(), None)
+    if spool.run_id or first is None or first.kind == BEGIN:
+        return
+    name = str(folder.facts.get("name", folder.path.name))
+    body = beginning(run_name=name, key=folder.key) | {"adopt": None, "parent": None}
+    entry = Entry(0, int(folder.facts["began"] * 1000), BEGIN, body)
+    spool.set_position(Position(run_id=door.begin(entry)))
 
 
 def _waiting(folder: RunFolder) -> int:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -29,7 +29,7 @@ from sqlalchemy import inspect
 from sqlalchemy.exc import SQLAlchemyError
 
 from trainer import names
-from trainer.addresses import sqlite_file, store_name, tracking_uri, without_credentials, without_password
+from trainer.addresses import Store, sqlite_file, tracking_uri, without_credentials, without_password
 from trainer.errors import TrackingError, UserError, reason_of
 from trainer.spool import Entry, Spool
 
@@ -114,9 +114,10 @@ class MlflowDoor:
             never = error.error_code == ErrorCode.Name(INVALID_PARAMETER_VALUE)
             if not never or self.client.get_run(run_id).info.lifecycle_stage != LifecycleStage.ACTIVE:
                 raise
-            for part in _parts(together):
+            parts = _parts(together)
+            for part in parts:
                 self._deliver([part], spool, run_id)
-            if len(_parts(together)) == 0:
+            if not parts:
                 spool.reject(together[0], str(error))
         return run_id
 
@@ -146,12 +147,11 @@ class MlflowDoor:
                 client.set_terminated(run_id, status, end_time=entry.time_ms)
 
 
-def _parts(together: Sequence[Entry]) -> list[Entry]:
-    """What was refused together, in smaller pieces: entries, or single values; none where it is as small as can be."""
-    values = together[0].body.get("values", {}).items()
-    pieces = [replace(together[0], body={**together[0].body, "values": {key: value}}) for key, value in values]
-    pieces = list(together) if len(together) > 1 else pieces
-    return pieces if len(pieces) > 1 else []
+def _parts(together: list[Entry]) -> list[Entry]:
+    """What was refused together in smaller pieces: entries, or values of one; none where it is as small as can be."""
+    first, values = together[0], together[0].body.get("values", {})
+    parts = [replace(first, body=first.body | {"values": {key: value}}) for key, value in values.items()]
+    return together if len(together) > 1 else parts if len(parts) > 1 else []
 
 
 def _named(path: Path, wanted: Path) -> Path:
@@ -188,21 +188,6 @@ def beginning(*, run_name: str, key: str, parent_run_id: str | None = None) -> d
 def made_for_us() -> str | None:
     """The run that `mlflow run` has made before it started us."""
     return os.environ.get("MLFLOW_RUN_ID") or None
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """Where runs are logged."""
-
-    uri: str
-    """Without user and password of a server."""
-    away: str
-    """Why it cannot be reached at the moment; empty where it can."""
-
-    @property
-    def name(self) -> str:
-        """What it is called everywhere: without passwords, and the same from every folder."""
-        return store_name(self.uri)
 
 
 def reach_store(uri: str | None = None) -> Store:

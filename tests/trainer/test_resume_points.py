@@ -345,7 +345,7 @@ def test_a_point_that_was_tampered_with_is_told_in_one_message(
 
 
 def test_mutated_points_are_found_or_harmless(whole: Training, victim: Callable[[Path], None], tmp_path: Path) -> None:
-    """A hundred and twenty points with bytes flipped, cut, doubled or overwritten anywhere, half of them signed anew."""
+    """A hundred and twenty, with bytes flipped, cut, doubled or overwritten anywhere, half of them signed anew."""
     draw = random.Random(6)
     source = whole.root / "resume" / "step-6"
     outcomes = {"sound": 0, "told": 0}
