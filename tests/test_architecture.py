@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "attention": (),
     "model": ("architectures", "attention", "seeds", "strategy", "errors"),
     "gradient_checkpointing": ("model", "strategy"),
-    "launch": ("errors",),
+    "launch": ("errors", "signals"),
     "gpus": ("attention", "config.*", "errors"),
     "engine": ("data.loader", "model"),
     "zero2": ("data.loader", "engine", "model"),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from trainer.errors import ConfigError
+from trainer.signals import pass_on
 
 _STARTED_AS_RANK = "LOCAL_RANK" in os.environ  # at the start: `_alone` makes a lone process a rank of one
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -59,6 +60,7 @@ def start(nproc: int, arguments: Sequence[str]) -> int:
         monitor_interval=0.1,
         signals_to_handle=",".join(s.name for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN),  # nohup
     )
+    signal.signal(signal.SIGUSR1, lambda number, _: pass_on(number))
     try:
         elastic_launch(settings, sys.executable)("-m", "trainer", *arguments)
     except ChildFailedError as error:

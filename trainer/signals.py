@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import psutil
@@ -75,6 +75,13 @@ class Signals:
 
     def _ask_to_save(self, number: int, frame: FrameType | None) -> None:
         self.save = True
+
+
+def pass_on(number: int) -> None:
+    """Send a signal to the processes that this one has started."""
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            child.send_signal(number)
 
 
 def end_with_parent(*, under_mlflow: bool) -> None:
