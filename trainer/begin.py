@@ -68,9 +68,9 @@ class Begun:
         if self.folder is None:
             return
         nothing_begun = self.folder.spool.last == 0
-        over = error is None or (isinstance(error, TrainingStopped) and not isinstance(error, Diverged))
+        by_itself = isinstance(error, TrainingStopped) and not isinstance(error, Diverged)
         with suppress(OSError):
-            self.folder.write(state="over" if over else "interrupted")
+            self.folder.write(state="over" if error is None else "stopped" if by_itself else "interrupted")
             if error is None:
                 forget_points(self.path)
         self.folder.release()

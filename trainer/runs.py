@@ -19,7 +19,8 @@ from trainer.spool import Spool
 RUN_FILE, SPOOL = "run.json", "spool"
 _LOCK = "lock"
 _FORMAT = 1
-State = Literal["running", "interrupted", "over"]
+# `stopped` by itself: the same command would end in the same way, and begins a new run; a run that is named can go on
+State = Literal["running", "interrupted", "stopped", "over"]
 
 LAYOUT = (
     "launch.nproc",
@@ -70,9 +71,9 @@ class RunFolder:
         """Of this training, everywhere."""
         return str(self.facts["key"])
 
-    def write(self, **facts: Any) -> None:
+    def write(self, *, state: State | None = None, **facts: Any) -> None:
         """Change some of what is known about the run."""
-        self.facts |= facts
+        self.facts |= facts | ({"state": state} if state else {})
         _write_facts(self.path, self.facts)
 
     def release(self) -> None:
@@ -154,10 +155,10 @@ def runs_below(parent: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def unfinished(parent: Path, identity: Identity, *, but_for: Sequence[str]) -> Path | None:
-    """The newest run of the same training, in the same store, that is not over; some keys may differ."""
+    """The newest run of the same training, in the same store, that was interrupted; some keys may differ."""
     for path, facts in runs_below(parent):
         same = facts["store"] == identity.store and not identity.differences(facts["params"], but_for=but_for)
-        if facts["state"] != "over" and same:
+        if facts["state"] in ("running", "interrupted") and same:
             return path
     return None
 
