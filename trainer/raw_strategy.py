@@ -6,7 +6,10 @@ that the model has, and what is not there is an error. Needs only names and shap
 """
 
 import re
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from trainer.config.problems import nearest, place, shown
@@ -18,6 +21,8 @@ ALL_LINEAR = "all-linear"
 FREEZE = {Part.LLM: ("freeze_llm", False), Part.VISION: ("freeze_vit", True), Part.ALIGNER: ("freeze_aligner", True)}
 """Part -> the key that keeps `target_modules` out of it, and what that key counts as where it is not written."""
 
+_SECONDS = 5
+"""A regular expression can take longer than anybody waits: each further character may double its time."""
 _EMBEDDING = re.compile(r"(.+\.)?(embed_tokens|pos_embed)")
 _HEAD = "lm_head"
 _LISTED = 3
@@ -144,6 +149,18 @@ class _Naming:
 
     def matched(self, regex: str) -> list[str]:
         """Linear layers whose full name, with or without its leading `model.`, the expression matches as a whole."""
+        try:
+            with _at_most(_SECONDS):
+                return self._matched(regex)
+        except TimeoutError:
+            raise StrategyError(
+                self.where("target_regex"),
+                f"{shown(regex)}, which is not through with the module names after {_SECONDS} s",
+                "an expression without a repetition inside a repetition, such as (a+)+",
+                "write the inner one without + or *",
+            ) from None
+
+    def _matched(self, regex: str) -> list[str]:
         caught = self._caught(re.compile(regex))
         linear = [module for module in caught if module in self._linear]
         if not linear:
@@ -254,6 +271,25 @@ def _patterns(modules: Iterable[str]) -> list[str]:
         re.escape(before) + (rf"\.({'|'.join(listed)})" if listed != [""] else "") + re.escape(after)
         for (before, after), listed in indices.items()
     ]
+
+
+@contextmanager
+def _at_most(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError after so long; in a thread, where no alarm can be set, never."""
+
+    def ring(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _alternatives(regex: str) -> Iterator[tuple[int, int]]:

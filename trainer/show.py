@@ -2,6 +2,7 @@
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from trainer import build, names
 from trainer.addresses import tracking_uri, without_password
@@ -23,7 +24,7 @@ def show_plan(resolved: Resolved, console: Console | None = None) -> None:
     prepared = build.prepare(resolved)
     plan, config = prepared.plan, resolved.config
 
-    console.print(f"[bold]{prepared.name}[/bold]  profile {resolved.profile or 'none'}\n")
+    console.print(Text(prepared.name, style="bold"), f" profile {resolved.profile or 'none'}\n")
     for line in (*resolved.lines(), *prepared.no_effect):
         console.print(line, markup=False)
     console.print()

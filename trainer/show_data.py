@@ -53,7 +53,7 @@ def show_table(found: Validation, console: Console | None = None) -> None:
     """Print the numbers of a data set as tables, and the warnings below them; not the errors."""
     console = console or Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
     resolved = found.resolved
-    console.print(f"[bold]{resolved.name}[/bold]  profile {resolved.profile or 'none'}")
+    console.print(Text(resolved.name, style="bold"), f" profile {resolved.profile or 'none'}")
     for name, each in found.sets.items():
         console.print(f"{name:<6} {each.path}", markup=False)
     for table in (_counts(found), _spreads(found), *_names(found), _limits(found)):

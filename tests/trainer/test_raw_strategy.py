@@ -278,3 +278,9 @@ def test_peft_does_what_the_raw_form_means(raw: dict[str, object]) -> None:
     planned = plan(shapes_of(model), **raw)
     apply_plan(model, planned, seed=1)
     assert planned.trained()
+
+
+def test_an_expression_that_would_take_for_ever_is_told(pocket: Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each further character of a name would double its time."""
+    monkeypatch.setattr("trainer.raw_strategy._SECONDS", 1)
+    assert "not through with the module names after 1 s" in told(pocket, target_regex="(([a-z._0-9])+)+X")

@@ -64,6 +64,7 @@ def _gpus(value: object) -> str:
 Gpus = Annotated[str, BeforeValidator(_gpus)]
 Span = Annotated[str, BeforeValidator(_span)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
+Processes = Annotated[int, Field(ge=1, le=1024)]  # more would bring the machine down before they did anything
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Pixels = Annotated[int, Field(ge=1, le=10**18)]
 Rate = Annotated[float, Field(gt=0, le=1)]

@@ -3,6 +3,7 @@
 Later wins: `base.yaml` <- strategy file <- profile <- overrides.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from trainer.config.places import (
     resolve,
     shown_path,
 )
-from trainer.config.problems import Problem, place, raise_if_any
+from trainer.config.problems import Problem, place, raise_if_any, shown
 from trainer.config.resolved import Resolved, leaves
 from trainer.config.schema import Config
 from trainer.config.source import Node, Source, read_file, read_override
@@ -49,6 +50,7 @@ DEFAULT_PROFILE = "pocket"
 """The profile of the files in `experiments/` where none is named."""
 
 _MAX_EXTENDS = 8
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")  # from an escape, or from bytes of the command line that are not UTF-8
 
 
 @dataclass
@@ -82,6 +84,7 @@ def load(config: str | Path, *, profile: str | None = None, overrides: Mapping[s
     of_strategy = [layer for source, layer in zip(chain, layers, strict=True) if source.path != base]
     found.problems += _conflicts(_merged(of_strategy), _merged(profile_layers))
     root = _merged([*layers, *profile_layers, *_override_layers(overrides or {}, found)])
+    found.problems += _unusable_texts(root)
     root = _one_form_of_strategy(root, shown_path(base), found)
     root = _with_found_paths(root, [*chain, *profile_chain], path.parent, found)
     checked = _validated(root, found)
@@ -225,6 +228,18 @@ def _override(key: str, text: str) -> Node:
     if known and (known.annotation is str or str in kinds or (kinds and all(isinstance(kind, str) for kind in kinds))):
         return Node(None if NoneType in kinds and text in ("null", "~") else text, "-P")
     return read_override(text, key)
+
+
+def _unusable_texts(root: Node) -> list[Problem]:
+    """Return a problem for each text that no file name, no database and no tokenizer takes."""
+    return [
+        Problem(
+            place(node.origin, key), shown(text), "text without null characters and half surrogate pairs", "rewrite it"
+        )
+        for key, node in root.leaves()
+        for text in (node.value if isinstance(node.value, list) else [node.value])
+        if isinstance(text, str) and _UNUSABLE.search(text)
+    ]
 
 
 def _one_form_of_strategy(root: Node, base: str, found: _Findings) -> Node:

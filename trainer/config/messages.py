@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from trainer.config.augmentation import PARAMS
 from trainer.config.fields import Impossible, Section, section_of
-from trainer.config.problems import Problem, nearest, place, shown
+from trainer.config.problems import Problem, nearest, place, printable, shown
 from trainer.config.schema import Config
 from trainer.config.source import Node
 
@@ -155,7 +155,10 @@ def _unknown_in_an_operation(details: ErrorDetails, where: str) -> Problem:
         known = [*PARAMS[str(above[-2])].model_fields] if of_params else ["name", "params"]
     guess = nearest(str(got), known)
     return Problem(
-        where, f"{got}, which nobody knows", ", ".join(known), f"did you mean {guess}?" if guess else "correct it"
+        where,
+        f"{printable(str(got))}, which nobody knows",
+        ", ".join(known),
+        f"did you mean {guess}?" if guess else "correct it",
     )
 
 

@@ -1,10 +1,10 @@
 """Where configuration files are found, and where relative paths inside them are looked for."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from trainer.config.problems import Problem, nearest, place, shown
+from trainer.config.problems import Problem, nearest, place, printable, shown
 from trainer.config.zero import ZERO_NAMES
 from trainer.errors import ConfigError
 
@@ -36,10 +36,10 @@ def shown_path(path: Path) -> str:
     """
     shipped, here = experiments_dir(), Path.cwd()
     if path.is_relative_to(shipped):
-        return "experiments/" + path.relative_to(shipped).as_posix()
+        return printable("experiments/" + path.relative_to(shipped).as_posix())
     if not path.is_relative_to(here):
-        return str(path)
-    name = path.relative_to(here).as_posix()
+        return printable(str(path))
+    name = printable(path.relative_to(here).as_posix())
     return "./" + name if name.startswith("experiments/") else name  # never the name of a shipped file
 
 
@@ -80,7 +80,7 @@ def _first_file(tried: Sequence[Path], what: str, name: str, names: Sequence[str
             return path.resolve()
     guess = nearest(name, names)
     do = f"did you mean {guess}?" if guess else "name one of these, or the path of a YAML file"
-    places = ", ".join(str(path)[:300] for path in dict.fromkeys(tried))
+    places = _listed(dict.fromkeys(tried))
     raise ConfigError(what, f"no such file; tried {places}", ", ".join(dict.fromkeys(names)) or "a YAML file", do)
 
 
@@ -101,7 +101,7 @@ def find_extended(name: object, child: Path, where: str) -> Path:
     if not _is_file(path):
         guess = nearest(name, [p.name for p in sorted(child.parent.glob("*" + _ENDING)) if p != child])
         do = f"did you mean {guess}?" if guess else "correct the name"
-        raise ConfigError(where, f"extends: {shown(name)}", f"a file; tried {path}", do)
+        raise ConfigError(where, f"extends: {shown(name)}", f"a file; tried {_listed([path])}", do)
     return path.resolve()
 
 
@@ -116,7 +116,7 @@ def resolve(key: str, value: str, folder: Path, where: str) -> str | Problem:
     """
     try:
         given = Path(value).expanduser()
-    except RuntimeError:  # ~somebody that this machine does not know
+    except (RuntimeError, ValueError):  # ~somebody that this machine does not know, or half a letter of a name
         given = Path(value)
     tried = list(dict.fromkeys(base / given for base in (Path.cwd(), folder, folder.parent)))
     if key == "model.model":
@@ -126,8 +126,7 @@ def resolve(key: str, value: str, folder: Path, where: str) -> str | Problem:
     for path in tried:
         if _is_file(path):
             return str(path.resolve())
-    places = ", ".join(str(path)[:300] for path in tried)
-    allowed, do = f"a file; tried {places}", "correct the path"
+    allowed, do = f"a file; tried {_listed(tried)}", "correct the path"
     if key == "deepspeed.config":
         guess = nearest(value, ZERO_NAMES)
         allowed, do = f"{', '.join(ZERO_NAMES)}, or {allowed}", f"did you mean {guess}?" if guess else do
@@ -148,9 +147,13 @@ def _resolve_model(value: str, tried: Sequence[Path], where: str) -> str | Probl
     return Problem(
         place(where, "model.model"),
         f"{shown(value)}: no such model",
-        f"pocket, {', '.join(sizes)}, a hub id org/name, or a folder; tried {', '.join(str(p)[:300] for p in tried)}",
+        f"pocket, {', '.join(sizes)}, a hub id org/name, or a folder; tried {_listed(tried)}",
         f"did you mean {guess}?" if guess else "correct the path",
     )
+
+
+def _listed(paths: Iterable[Path]) -> str:
+    return ", ".join(printable(str(path)[:300]) for path in paths)
 
 
 def _is_file(path: Path) -> bool:

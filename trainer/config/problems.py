@@ -1,6 +1,7 @@
 """What is wrong with a configuration, collected while it is read and told in one error."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -59,7 +60,19 @@ def place(origin: str, key: str) -> str:
         origin: file and line, `-P`, or `default`.
         key: its dotted key.
     """
-    return f"-P {key}" if origin == "-P" else f"{origin}: {key}"
+    return printable(f"-P {key}" if origin == "-P" else f"{origin}: {key}")
+
+
+def printable(text: str) -> str:
+    """Return a name from outside as a message may hold it: line breaks and what moves a terminal's cursor written out.
+
+    Args:
+        text: a key, or the name of a file.
+    """
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
 
 
 def shown(value: object) -> str:

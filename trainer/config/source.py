@@ -126,14 +126,17 @@ def read_file(path: Path, name: str) -> Source:
         ConfigError: unreadable, not UTF-8, not YAML, not a map, or more than a configuration can be.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)  # no more of what may be a disk image, or have no end
+        if len(data) > _MAX_BYTES:
+            raise ConfigError(
+                name, f"more than {_MAX_BYTES} bytes", f"at most {_MAX_BYTES} bytes", "give a configuration file"
+            )
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(name, f"bytes that are not UTF-8 ({error})", "text in UTF-8", "save it as UTF-8") from error
     except OSError as error:
         raise ConfigError(name, str(error.strerror), "a file that can be read", "check the file") from error
-    if len(data) > _MAX_BYTES:
-        raise ConfigError(name, f"{len(data)} bytes", f"at most {_MAX_BYTES} bytes", "give a configuration file")
     walk = _Walk(name, None)
     top = _compose(text, walk)
     if not isinstance(top, yaml.MappingNode):

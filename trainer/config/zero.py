@@ -10,6 +10,8 @@ from trainer.errors import ConfigError
 ZERO_NAMES = {"zero1": 1, "zero2": 2}
 """What `deepspeed.config` may be besides a path, and the ZeRO stage that it means."""
 
+_MAX_BYTES = 256 * 1024
+
 OURS: dict[str, str] = {
     "train_batch_size": "training.per_device_train_batch_size decides",
     "train_micro_batch_size_per_gpu": "training.per_device_train_batch_size decides",
@@ -46,7 +48,7 @@ def zero_settings(value: str, where: str) -> tuple[dict[str, Any], tuple[str, ..
     settings = _read(value, where)
     zero = settings.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
-    if not isinstance(zero, dict) or stage not in ZERO_NAMES.values():
+    if not isinstance(zero, dict) or type(stage) is not int or stage not in ZERO_NAMES.values():
         raise ConfigError(
             where,
             f"{value}: zero_optimization.stage {shown(stage)}",
@@ -70,16 +72,21 @@ def zero_settings(value: str, where: str) -> tuple[dict[str, Any], tuple[str, ..
 
 def _auto(value: Any) -> bool:
     """Whether a value, or every value of a section, is left to whoever reads the file."""
-    return all(map(_auto, value.values())) if isinstance(value, dict) else value == "auto"
+    return all([_auto(each) for each in value.values()]) if isinstance(value, dict) else value == "auto"
 
 
 def _read(value: str, where: str) -> dict[str, Any]:
     try:
-        tree = json.loads(Path(value).read_text(encoding="utf-8"))
+        with Path(value).open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        tree = json.loads(data.decode("utf-8")) if len(data) <= _MAX_BYTES else None
+        _auto(tree)  # goes deeper than whatever looks at it later
     except OSError as error:
         raise ConfigError(where, f"{value}: {error.strerror}", "a DeepSpeed JSON", "correct the path") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(where, f"{value}: broken JSON ({error})", "a DeepSpeed JSON", "correct the file") from None
+    if len(data) > _MAX_BYTES:
+        raise ConfigError(where, f"{value}: more than {_MAX_BYTES} bytes", "a DeepSpeed JSON", "correct the path")
     if not isinstance(tree, dict):
         raise ConfigError(where, f"{value}: {shown(tree)}", "a JSON object", "correct the file")
     return tree

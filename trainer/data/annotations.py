@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.data.geometry import Geometry, Size, bounding_box
-from trainer.data.records import text_problem
+from trainer.data.geometry import Geometry, Size, bounding_box, count_problem
+from trainer.data.records import MAX_OBJECTS, text_problem
 
 What = Literal["record", "object"]
 Watch = Callable[[list[Any]], Iterable[Any]]
@@ -132,7 +132,11 @@ def fit(entry: Entry, sizes: Mapping[Path, Size | str], findings: Findings) -> I
 
 def _images_problem(entry: Entry, found: list[Size | str]) -> tuple[str, str] | None:
     """The reason why images cannot be used, with the place."""
+    if len(entry.annotations) > MAX_OBJECTS:
+        return f"it has more than {MAX_OBJECTS:,} objects", f"{entry.id}: {len(entry.annotations):,}"
     for path, size in zip(entry.images, found, strict=True):
+        if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+            return "its image has a name that is no text", f"{entry.id}: {path}"
         if isinstance(size, str):
             return "its image cannot be read", f"{entry.id}: {path}: {size}"
         said = (size[0] if entry.width is None else entry.width, size[1] if entry.height is None else entry.height)
@@ -149,6 +153,9 @@ def _fit_annotation(annotation: Annotation, size: Size, fractions: bool, finding
         findings.left_out.add("object", "its description cannot be used", f"{annotation.id}: {problem}")
         return None
     geometry = annotation.geometry
+    if problem := count_problem(geometry.kind, len(geometry.points)):
+        findings.left_out.add("object", "its shape cannot be used", f"{annotation.id}: {problem}")
+        return None
     scale = size if fractions else (1, 1)
     points = [round(value * scale[i % 2], _DECIMALS) for i, value in enumerate(geometry.points)]
     x1, y1, x2, y2 = bounding_box(points)

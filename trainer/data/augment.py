@@ -17,8 +17,9 @@ from trainer.data import colour
 from trainer.data.clipping import clip, inside
 from trainer.data.colour import Range
 from trainer.data.geometry import SAME, Geometry, bounding_box, corners
-from trainer.data.records import Object, Record
+from trainer.data.records import Object, Record, text_problem
 from trainer.data.warp import LARGEST_CANVAS, LARGEST_SIDE, Colour, Matrix, Warp, about, moved
+from trainer.errors import DataError
 from trainer.seeds import derived_seed
 
 Operation = Callable[["View", np.random.Generator], "View"]
@@ -43,6 +44,17 @@ class Rules:
     partial_word: str = "partly visible"
     turned_boxes: Literal["quad", "bbox_2d"] = "quad"
     keep_lost: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a word that would bring into descriptions what no record may bring.
+
+        Raises:
+            DataError: it holds a chat token, say.
+        """
+        if self.partial_word and (problem := text_problem("partial_word", self.partial_word)):
+            raise DataError(
+                "custom.augmentation.partial_word", problem, "a word of descriptions, or an empty one", "choose another"
+            )
 
 
 @dataclass(frozen=True, slots=True)

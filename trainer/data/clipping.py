@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import shapely
+from numpy.typing import NDArray
 from shapely.geometry import LineString, Polygon, box
 from shapely.geometry.base import BaseGeometry
 
 from trainer.data.geometry import SAME, Size, bounding_box
 
+_MANY_CROSSINGS = 300  # resolving them takes time that grows with their square: 0.1 s for so many
+_EDGES_AT_ONCE = 256
 _NOTHING = 1e-3  # pixels, or square pixels: what only touches an edge has less inside
 
 
@@ -56,8 +60,32 @@ def _area(pairs: Sequence[tuple[float, float]], size: Size) -> tuple[BaseGeometr
     """An outline with its crossings resolved, and its pieces inside."""
     area: BaseGeometry = Polygon(pairs)
     if not area.is_valid:  # the corners of a quad may just be in another order
-        area = area.convex_hull if len(pairs) == 4 else shapely.make_valid(area)
+        scrawl = len(pairs) == 4 or _crossings(pairs) > _MANY_CROSSINGS
+        area = area.convex_hull if scrawl else shapely.make_valid(area)
     return area, shapely.intersection(area, box(0, 0, *size))
+
+
+def _crossings(pairs: Sequence[tuple[float, float]]) -> int:
+    """How often the edges of an outline cross each other; may stop counting where there are too many."""
+    begin = np.array(pairs)  # (n, 2)
+    along = np.roll(begin, -1, axis=0) - begin
+    found = 0
+    for start in range(0, len(begin), _EDGES_AT_ONCE):
+        here = slice(start, start + _EDGES_AT_ONCE)
+        # on which side of each of these edges every corner lies, (edges, n); then the other way round
+        side = _cross(along[here, None], begin[None] - begin[here, None])
+        other = _cross(along[None], begin[here, None] - begin[None])
+        end_of = _cross(along[None], begin[here, None] + along[here, None] - begin[None])
+        apart = (side * np.roll(side, -1, axis=1) < 0) & (other * end_of < 0)
+        found += int(apart.sum())
+        if found > 2 * _MANY_CROSSINGS:
+            break
+    return found // 2  # each was met from both of its edges
+
+
+def _cross(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    product: NDArray[np.float64] = a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+    return product
 
 
 def inside(points: Sequence[float], size: Size) -> tuple[float, ...]:

@@ -61,7 +61,7 @@ def _entry(
     findings: Findings,
 ) -> Entry | None:
     file_name = image.get("file_name")
-    place = f"image {image['id']} ({file_name})"
+    place = f"image {image['id']} ({str(file_name)[:300]})"
     if not isinstance(file_name, str) or not file_name:
         findings.leave_out_record("it has no file_name", place, len(annotations))
         return None
@@ -81,7 +81,7 @@ def _annotation(
         findings.left_out.add("object", "a crowd, not one object (iscrowd)", place)
         return None
     if not _is_id(category) or category not in names:
-        findings.left_out.add("object", "its category_id is not in `categories`", f"{place}: {category!r}")
+        findings.left_out.add("object", "its category_id is not in `categories`", f"{place}: {repr(category)[:60]}")
         return None
     desc = names[category]
     geometry = _polygon(annotation.get("segmentation"), place, findings) if kind == "poly" else None
@@ -153,7 +153,7 @@ def _name(category: dict[str, Any]) -> str:
 
 def _place(annotation: Any) -> str:
     found = annotation.get("id") if isinstance(annotation, dict) else None
-    return "an annotation without id" if found is None else f"annotation {found}"
+    return f"annotation {found}" if _is_id(found) else "an annotation without id"
 
 
 def _no_coco(source: Path, got: str, allowed: str) -> DataError:

@@ -19,6 +19,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 SAME = 1e-6
 """Pixels within which two coordinates are one: a float product of exact turns and shifts is off by less."""
 
+_MAX_POINTS = 5_000  # of a shape: more than any sample has room for; cutting takes time by their square
 _UNITS: dict[EmitNorm, int] = {"norm1000": 1000, "norm100": 100}
 
 
@@ -48,6 +49,8 @@ def count_problem(kind: Kind, n_numbers: int) -> str | None:
     least = {"line": 2, "poly": 3}.get(kind, 0)
     if n_numbers < 2 * least:
         return f"{kind} has {n_numbers // 2} points, fewer than {least}"
+    if n_numbers > 2 * _MAX_POINTS:
+        return f"{kind} has {n_numbers // 2} points, more than {_MAX_POINTS}"
     return None
 
 

@@ -8,10 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from functools import cache
-from io import BytesIO
+from functools import cache, partial
+from io import BufferedReader, BytesIO, FileIO
+from itertools import islice
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,14 @@ _MAX_PIXELS = 2**27
 Image.MAX_IMAGE_PIXELS = _MAX_PIXELS // 2
 warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file; what cannot be used is told by record
 
-_LARGE_PIXELS = 2**24
-_one_large = Lock()  # large images are decoded one at a time, else the threads together would hold gigabytes
+_MAX_HEADER = 2**28  # bytes of what is not pixels, such as the layers that Photoshop keeps in a TIFF; all of a WebP
+_BYTES_A_PIXEL = 8
+_MAX_READS = 2**20  # a large GIF comes in half a million pieces of 255 bytes
+_MAX_SCANS = 500  # of a progressive JPEG, in each of which all its pixels are gone over; cameras write about ten
+_MAX_PLAIN_BYTES = 2**22  # of numbers written out as text, which Pillow reads in Python
+_LARGE_PIXELS, _STRIP_PIXELS = 2**24, 2**20
+_LARGE_BYTES = 2**26
+_one_large = RLock()  # large images are looked at one at a time, else the threads together would hold gigabytes
 
 _EXIF_ORIENTATION, _SIDEWAYS = 0x0112, range(5, 9)  # orientations 5 to 8 exchange width and height
 # Pillow's exif_transpose also writes the rest of the EXIF data anew, and fails where a camera broke the rules there.
@@ -60,6 +67,30 @@ class _Unfit(Exception):
     """An image that can be opened but is nothing to train on; says why."""
 
 
+class _BoundedFile(BufferedReader):
+    """A file of which no more is read, and no more often, than any image needs.
+
+    Pillow looks for the parts of a JPEG or GIF byte by byte, and takes a chunk of a PNG or a whole WebP into memory,
+    however long a broken or preallocated file makes them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(FileIO(str(path)))
+        self._bytes_left, self._reads_left = _MAX_HEADER, _MAX_READS
+
+    def allow(self, pixels: int) -> None:
+        """Let as much be read as the pixels of an image can take, twice: to check it and to decode it."""
+        self._bytes_left = 2 * (_MAX_HEADER + _BYTES_A_PIXEL * pixels)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of any file."""
+        data = super().read(self._bytes_left if size is None or size < 0 else min(size, self._bytes_left))
+        self._bytes_left, self._reads_left = self._bytes_left - len(data), self._reads_left - 1
+        if self._bytes_left <= 0 or self._reads_left <= 0:
+            raise _Unfit("cannot be read (it is far longer than an image, or in far more pieces)")
+        return data
+
+
 def outside(root: Path, paths: Iterable[Path]) -> dict[Path, Path]:
     """The paths that leave a folder once every symbolic link is followed, its own too; files need not exist.
 
@@ -74,7 +105,7 @@ def outside(root: Path, paths: Iterable[Path]) -> dict[Path, Path]:
     resolved = cache(os.path.realpath)  # many images share a folder
     astray = {}
     for path in paths:
-        linked = path.is_symlink() or path.name == ".."
+        linked = os.path.islink(path) or path.name == ".."  # Path.is_symlink raises where a name is too long
         real = Path(os.path.realpath(path) if linked else os.path.join(resolved(path.parent), path.name))
         if not real.is_relative_to(inside):
             astray[path] = real
@@ -149,7 +180,7 @@ def _digest(path: Path) -> bytes:
 
 def _image_size(path: Path) -> Size | str:
     try:
-        with _opened(path) as image:
+        with _one_large if path.stat().st_size > _LARGE_BYTES else nullcontext(), _opened(path) as image:
             width, height = image.size
             with _one_large if width * height > _LARGE_PIXELS else nullcontext():
                 if not _is_whole(image):
@@ -179,13 +210,18 @@ def _opened(path: Path) -> Iterator[ImageFile]:
     """An image file with its header read and found fit; no pixel is decoded yet."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise _Unfit("is not a regular file")  # opening a pipe would wait for a writer for ever
-    with Image.open(path, formats=_FORMATS) as image:
+    with _BoundedFile(path) as file, Image.open(file, formats=_FORMATS) as image:
+        file.allow(image.width * image.height)
         if image.format != "MPO" and getattr(image, "is_animated", False):
             raise _Unfit(f"holds several pictures (animated {image.format} or pages); save the one that is meant")
         if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
             raise _Unfit(f"holds signed or 32-bit numbers (mode {image.mode}); 8 or 16 bits a channel are needed")
         if image.mode == "P" and isinstance(image, PngImageFile) and image.palette is None:
             raise _Unfit("cannot be read (its palette is missing)")
+        if image.tile and image.tile[0].codec_name == "ppm_plain" and path.stat().st_size > _MAX_PLAIN_BYTES:
+            raise _Unfit(f"is a PPM in plain text of more than {_MAX_PLAIN_BYTES:,} bytes; save it in binary")
+        if image.info.get("progressive") and _scans(path) > _MAX_SCANS:
+            raise _Unfit(f"has more than {_MAX_SCANS} scans")
         yield image
 
 
@@ -215,6 +251,12 @@ def _is_whole(image: ImageFile) -> bool:
     return False
 
 
+def _scans(path: Path) -> int:
+    """Scans of a JPEG: in the data between them the two bytes that begin one cannot occur."""
+    with path.open("rb") as file:
+        return sum(block.count(b"\xff\xda") for block in islice(iter(partial(file.read, 2**20), b""), 1024))
+
+
 def _begins_well(data: bytes) -> bool:
     """Whether the first rows of a JPEG decode, at an eighth of their size: then its kind and its tables are good."""
     try:
@@ -238,14 +280,22 @@ def _seen(image: ImageFile) -> Image.Image:
     turn = _UPRIGHT.get(_orientation(image))
     if "transparency" in image.info:
         image.info["transparency"] = _in_eight_bits(image.info["transparency"], encoding)
-    picture = _gray(image) if image.mode.startswith("I") else image
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        picture = Image.new("RGB", layer.size, "white")
-        picture.paste(layer, mask=layer.getchannel("A"))
-    else:
-        picture = picture.convert("RGB")
+    picture = Image.new("RGB", image.size)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):  # in strips: several copies of a large image would take gigabytes
+        strip = image.crop((0, top, image.width, min(top + rows, image.height))) if rows < image.height else image
+        picture.paste(_in_colour(_gray(strip, image) if image.mode.startswith("I") else strip), (0, top))
     return picture if turn is None else picture.transpose(turn)
+
+
+def _in_colour(picture: Image.Image) -> Image.Image:
+    """RGB, over white where it is transparent."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    layer = picture.convert("RGBA")
+    paper = Image.new("RGB", layer.size, "white")
+    paper.paste(layer, mask=layer.getchannel("A"))
+    return paper
 
 
 def _in_eight_bits(colour: Any, encoding: Any) -> Any:
@@ -255,9 +305,9 @@ def _in_eight_bits(colour: Any, encoding: Any) -> Any:
     return tuple(value >> 8 for value in colour) if encoding == "RGB;16B" else colour
 
 
-def _gray(image: ImageFile) -> Image.Image:
+def _gray(strip: Image.Image, image: ImageFile) -> Image.Image:
     """16-bit gray scaled to 8 bits by its full range, with an alpha channel where one value is transparent."""
-    values, full = np.asarray(image).astype(np.uint32), 2**16 - 1
+    values, full = np.asarray(strip).astype(np.uint32), 2**16 - 1
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     if tags.get(_TIFF_BITS) == (12,):
         full = 2**12 - 1

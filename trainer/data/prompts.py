@@ -8,8 +8,10 @@ from typing import Any, Literal
 import yaml
 
 from trainer.data.geometry import EmitNorm
-from trainer.data.records import Task
+from trainer.data.records import Task, text_problem
 from trainer.errors import DataError
+
+_MAX_BYTES = 256 * 1024  # of a taxonomy: far more than any model is told
 
 Scheme = Literal["A", "B"]
 Language = Literal["zh", "en"]
@@ -42,10 +44,7 @@ class Taxonomy:
         Raises:
             DataError: the file is missing, not YAML, or not of that form.
         """
-        try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise _taxonomy_error(path, f"cannot be read: {error}") from error
+        tree = _read_yaml(path)
         if not isinstance(tree, dict):
             raise _taxonomy_error(path, f"a {type(tree).__name__} where a map is needed")
         if unknown := set(tree) - {"types", "attributes", "rules"}:
@@ -53,9 +52,13 @@ class Taxonomy:
         attributes = tree.get("attributes") or {}
         if not isinstance(attributes, dict):
             raise _taxonomy_error(path, "`attributes` is not a map")
+        names = _texts(path, "attributes", [str(key) for key in attributes])
         return cls(
             types=_texts(path, "types", tree.get("types")),
-            attributes=tuple((str(key), _texts(path, f"attributes.{key}", each)) for key, each in attributes.items()),
+            attributes=tuple(
+                (name, _texts(path, f"attributes.{name}", each))
+                for name, each in zip(names, attributes.values(), strict=True)
+            ),
             rules=_texts(path, "rules", tree.get("rules")),
         )
 
@@ -194,11 +197,36 @@ def _taxonomy_lines(taxonomy: Taxonomy, words: _Words) -> list[str]:
     return lines
 
 
+def _read_yaml(path: Path) -> Any:
+    """What a YAML file holds, within bounds.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) <= _MAX_BYTES:
+            return yaml.safe_load(data.decode("utf-8-sig"))
+    except (OSError, ValueError, yaml.YAMLError) as error:  # a ValueError: bytes that are no text, the 31st of June
+        raise _taxonomy_error(path, f"cannot be read: {error}") from error
+    except RecursionError as error:
+        raise _taxonomy_error(path, "cannot be read: nested too deeply") from error
+    raise _taxonomy_error(path, f"more than {_MAX_BYTES} bytes")
+
+
 def _texts(path: Path, key: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        raise _taxonomy_error(path, f"`{key}` is not a list of texts: {value!r} (quote numbers, yes and no)")
+    if not isinstance(value, list):
+        raise _taxonomy_error(path, f"`{key}` is not a list of texts but a {type(value).__name__}")
+    for place, each in enumerate(value, 1):
+        if not isinstance(each, str):
+            # not what it holds: a few lines of YAML can mean a billion values
+            got = f"item {place} is a {type(each).__name__} (quote numbers, yes and no)"
+            raise _taxonomy_error(path, f"`{key}` is not a list of texts: {got}")
+        if problem := text_problem(key, each):
+            raise _taxonomy_error(path, f"item {place}: {problem}")
     return tuple(value)
 
 

@@ -4,14 +4,16 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from trainer.data.geometry import KINDS, Geometry, Kind, Size, bounding_box, count_problem
 from trainer.data.images import image_sizes, outside
+from trainer.data.lines import lines_of, no_collection, no_file
 from trainer.data.warp import Warp
 from trainer.errors import DataError
 
@@ -25,8 +27,13 @@ OnBadRecord = Literal["error", "skip"]
 MAX_WEIGHT = 100
 """Times that a record may be trained on in an epoch."""
 
+MAX_OBJECTS = 5_000
+"""Objects of a record at most: above what a sample has room for, and below what takes minutes to cut and to draw."""
+
+_MAX_IMAGES, _MAX_TEXT, _MAX_SUMMARY = 1_000, 4_000, 100_000  # of a record, characters; likewise
 _LISTED = 20  # faults that one message spells out; the rest is counted
 _DOMAIN = re.compile(r"[\w.\- ]{1,100}")
+_HALF_A_LETTER = re.compile("[\ud800-\udfff]")
 _CHAT_TOKEN = re.compile(r"<\|[^|<>\s]+\|>")
 
 
@@ -151,13 +158,12 @@ def check_records(jsonl: Path, *, allow_outside_root: bool = False) -> Reading:
     Raises:
         DataError: the file cannot be read, or holds no record at all.
     """
-    try:
-        lines = jsonl.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise _no_file(jsonl, error.strerror or str(error)) from error
-    drafts = [(f"{jsonl.name}:{n}", _Draft(line, jsonl.parent)) for n, line in enumerate(lines, 1) if line.strip()]
+    path_of = cache(jsonl.parent.joinpath)  # many records may show one image
+    lines = enumerate(lines_of(jsonl), 1)
+    with no_collection():
+        drafts = [(f"{jsonl.name}:{n}", _Draft(line, path_of)) for n, line in lines if line.strip()]
     if not drafts:
-        raise _no_file(jsonl, "no record in the file")
+        raise no_file(jsonl, "no record in the file")
     images = {image for _, draft in drafts for image in draft.images}
     astray = {} if allow_outside_root else outside(jsonl.parent, images)
     sizes: dict[Path, Size | str] = image_sizes(images - astray.keys())
@@ -197,54 +203,58 @@ def bad_records_error(path: Path, problems: list[str], *, n_bad: int, n_records:
 class _Draft:
     """One line on its way to a record: what could be read of it, and everything that is wrong with it."""
 
-    def __init__(self, line: bytes, folder: Path) -> None:
+    __slots__ = ("_domain", "_objects", "_size", "_summary", "_weight", "images", "problems")
+
+    def __init__(self, line: bytes, path_of: Callable[[str], Path]) -> None:
         self.problems: list[str] = []
         self.images: tuple[Path, ...] = ()
         self._size: Size | None = None
-        self._objects: list[Object] = []
+        self._objects: tuple[Object, ...] = ()
         try:
-            self._tree = json.loads(line.decode("utf-8"))
+            tree = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            self._tree = None
             self.problems.append(f": broken JSON ({error})")
             return
-        if not isinstance(self._tree, dict):
-            self.problems.append(f": not a JSON object but {_short(self._tree)}")
+        if not isinstance(tree, dict):
+            self.problems.append(f": not a JSON object but {_short(tree)}")
             return
-        self._read_images(self._tree.get("images"), folder)
-        self._read_size(self._tree.get("width"), self._tree.get("height"))
-        self._read_objects(self._tree.get("objects"))
-        self._read_texts(self._tree.get("summary"), self._tree.get("domain"))
-        self._read_weight(self._tree.get("weight", 1))
+        self._summary, self._domain, self._weight = tree.get("summary"), tree.get("domain"), tree.get("weight", 1)
+        self._read_images(tree.get("images"), path_of)
+        self._read_size(tree.get("width"), tree.get("height"))
+        self._read_objects(tree.get("objects"))
+        self._read_texts()
+        self._read_weight()
 
     def record(self, name: str) -> Record:
         """The record; only for a draft without problems."""
         width, height = self._size or (0, 0)
-        tree = self._tree
-        summaries = chain([tree.get("summary")], repeat(None))
+        summaries = chain([self._summary], repeat(None))
         pictures = tuple(Picture(path, width, height, text) for path, text in zip(self.images, summaries, strict=False))
-        return Record(name, pictures, tuple(self._objects), tree.get("domain"), float(tree.get("weight", 1)))
+        return Record(name, pictures, self._objects, self._domain, float(self._weight))
 
     def check_images(self, sizes: Mapping[Path, Size | str]) -> None:
         """Compare with the images as they are: a size (width, height) each, or what hinders reading it."""
         for path in self.images:
             found = sizes[path]
             if isinstance(found, str):
-                self.problems.append(f": image {path}: {found}")
+                self.problems.append(f": image {_printable(path)}: {found}")
             elif self._size is not None and found != self._size:
                 self.problems.append(
-                    f": image {path} is {found[0]}x{found[1]} pixels (EXIF orientation applied), "
+                    f": image {_printable(path)} is {found[0]}x{found[1]} pixels (EXIF orientation applied), "
                     f"width and height say {self._size[0]}x{self._size[1]}"
                 )
 
-    def _read_images(self, images: Any, folder: Path) -> None:
+    def _read_images(self, images: Any, path_of: Callable[[str], Path]) -> None:
         if not isinstance(images, list) or not images or not all(isinstance(each, str) and each for each in images):
             self.problems.append(f": `images` must be a list of at least one path, not {_short(images)}")
+            return
+        if len(images) > _MAX_IMAGES:
+            self.problems.append(f": {len(images)} images, more than {_MAX_IMAGES}")
             return
         if unusable := [each for each in images if "\0" in each or _has_half_a_letter(each)]:
             self.problems.append(f": no file can have the name {_short(unusable[0])}")
             return
-        self.images = tuple(folder / each for each in images)
+        self.images = tuple(map(path_of, images))
 
     def _read_size(self, width: Any, height: Any) -> None:
         wrong = [
@@ -259,20 +269,27 @@ class _Draft:
         if not isinstance(objects, list) or not objects:
             self.problems.append(f": no objects (`objects` is {_short(objects)})")
             return
+        if len(objects) > MAX_OBJECTS:
+            self.problems.append(f": {len(objects)} objects, more than {MAX_OBJECTS}")
+            return
+        sound = []
+        n_images = max(1, len(self.images))
         for number, tree in enumerate(objects, 1):
-            found = _read_object(tree, self._size, max(1, len(self.images)))
+            found = _read_object(tree, self._size, n_images)
             if isinstance(found, Object):
-                self._objects.append(found)
+                sound.append(found)
             else:
                 self.problems += [f", object {number}: {problem}" for problem in found]
+        self._objects = tuple(sound)
 
-    def _read_texts(self, summary: Any, domain: Any) -> None:
-        if summary is not None and (problem := text_problem("summary", summary)):
+    def _read_texts(self) -> None:
+        if self._summary is not None and (problem := text_problem("summary", self._summary)):
             self.problems.append(f": {problem}")
-        if domain is not None and (problem := domain_problem(domain)):
+        if self._domain is not None and (problem := domain_problem(self._domain)):
             self.problems.append(f": {problem}")
 
-    def _read_weight(self, weight: Any) -> None:
+    def _read_weight(self) -> None:
+        weight = self._weight
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not 0 < weight <= MAX_WEIGHT:
             self.problems.append(f": `weight` must be a number above 0 and at most {MAX_WEIGHT}, not {_short(weight)}")
@@ -319,13 +336,16 @@ def _shape_problem(geometry: Geometry, line_points: Any, size: Size | None) -> s
     if kind == "line" and line_points is not None and line_points != len(points) // 2:
         return f"line_points is {_short(line_points)}, the line has {len(points) // 2} points"
     x1, y1, x2, y2 = bounding_box(points)
-    shown = f"{kind} {_short([int(v) if v.is_integer() else v for v in points])}"
+
+    def shown() -> str:
+        return f"{kind} {_short([int(v) if v.is_integer() else v for v in points])}"
+
     if kind == "bbox_2d" and not (points[0] < points[2] and points[1] < points[3]):
-        return f"{shown} is empty (x1 < x2 and y1 < y2 are needed)"
+        return f"{shown()} is empty (x1 < x2 and y1 < y2 are needed)"
     if (x1 == x2 and y1 == y2) if kind == "line" else (x1 == x2 or y1 == y2):
-        return f"{shown} is empty (all its points fall together)"
+        return f"{shown()} is empty (all its points fall together)"
     if size is not None and (x1 < 0 or y1 < 0 or x2 > size[0] or y2 > size[1]):
-        return f"{shown} is outside the image of {size[0]}x{size[1]} pixels"
+        return f"{shown()} is outside the image of {size[0]}x{size[1]} pixels"
     return None
 
 
@@ -340,6 +360,8 @@ def text_problem(key: str, text: Any) -> str | None:
     """What keeps a value from being the text of `key` (`desc`, `summary`), as a phrase; None where nothing does."""
     if not isinstance(text, str) or not text.strip():
         return f"`{key}` must be a text that is not empty, not {_short(text)}"
+    if len(text) > (most := _MAX_SUMMARY if key == "summary" else _MAX_TEXT):
+        return f"`{key}` has {len(text)} characters, more than {most}"
     if token := _CHAT_TOKEN.search(text):
         return f"`{key}` holds the chat token {token.group()}"
     if _has_half_a_letter(text):
@@ -348,18 +370,18 @@ def text_problem(key: str, text: Any) -> str | None:
 
 
 def _has_half_a_letter(text: str) -> bool:
-    return any("\ud800" <= letter <= "\udfff" for letter in text)
+    return not text.isascii() and _HALF_A_LETTER.search(text) is not None
+
+
+def _printable(path: Path) -> str:
+    """A path with line breaks, and what moves a terminal's cursor, written out."""
+    text = str(path)
+    return text if text.isprintable() else json.dumps(text)
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=True, default=str)
+    except RecursionError:  # reading it took a few levels less
+        return "something nested too deeply"
     return "nothing" if value is None else text if len(text) <= 60 else text[:57] + "..."
-
-
-def _no_file(jsonl: Path, got: str) -> DataError:
-    return DataError(
-        where=str(jsonl),
-        got=got,
-        allowed="a JSONL file, one record a line",
-        do="correct the path (`custom.train_jsonl`, `custom.val_jsonl`) or the file",
-    )
