@@ -16,7 +16,7 @@ from trainer.checkpoint import BadCheckpoint
 from trainer.errors import ConfigError, TrainingStopped, UserError
 from trainer.facts import DIGESTS
 from trainer.redact import of_environment
-from trainer.resume import FOLDER, Point, forget_points, newest_good, read_point, restore_best
+from trainer.resume import FOLDER, Point, forget_newer, forget_points, newest_good, read_point, restore_best
 from trainer.runs import Identity, RunFolder, held, new_run, one_at_a_time, taken_again, unfinished
 from trainer.spool import Position, Spool
 from trainer.sync import close_dead
@@ -236,6 +236,7 @@ def open_tracker(
         with told(store.uri):
             door.client  # noqa: B018  # a store that is not there yet is made now
         _reach(spool, door)
+    forget_newer(begun.path, begun.point)  # not before: now it is known that the point can be used
     tracker = SpoolTracker(
         spool, door, redactor,
         resumed_after=begun.point.spool if begun.point else 0, tolerant=begun.tolerant, close_seconds=close_seconds,

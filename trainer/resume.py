@@ -202,6 +202,13 @@ def restore_best(root: Path, point: Point) -> None:
         write_folder(best, lambda aside: _copy_files(kept, aside), _facts(kept))
 
 
+def forget_newer(root: Path, point: Point | None) -> None:
+    """Remove the points after the one that training goes on from: they are of a course that is left, or damaged."""
+    for folder in newest_first(root):
+        if point is None or step_of(folder) > point.position.seen.step:
+            shutil.rmtree(folder)
+
+
 def forget_points(root: Path) -> None:
     """Remove the resume points of a run that has finished."""
     shutil.rmtree(root / FOLDER, ignore_errors=True)

@@ -4,6 +4,7 @@ A line is `CRC32 JSON`: its number, its time, what it is. Lines lie in segments 
 segments are removed when neither the tracker nor a resumed run needs them, so that the spool stays small.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +22,13 @@ from typing import Any
 
 SEGMENT_BYTES = 2**17
 """A segment that has grown beyond this is closed, and the next line begins another."""
-ARTIFACT = "artifact"
+BEGIN, ARTIFACT = "begin", "artifact"
+"""Kinds of entries: the first one, which says what run it is; those that bring a file."""
 REJECTED = "rejected.jsonl"
 _FILES = "files"
-_POSITION = "delivered.json"
+_POSITION = "delivered"
+_NAME_BYTES = 200
+"""A file system takes 255 for the name of a file, and ours have something before them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +44,7 @@ class Entry:
 
     def line(self) -> bytes:
         """The entry as a line with its checksum."""
-        text = json.dumps([self.number, self.time_ms, self.kind, self.body], ensure_ascii=False).encode(
-            "utf-8", "backslashreplace"
-        )
-        return b"%08x %s\n" % (zlib.crc32(text), text)
+        return _checked([self.number, self.time_ms, self.kind, self.body])
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +61,25 @@ class Position:
 
 def entry_of(line: bytes) -> Entry | None:
     """The entry that a line holds; None where it is torn or damaged."""
-    checksum, _, text = line.rstrip(b"\n").partition(b" ")
     try:
-        if not line.endswith(b"\n") or int(checksum, 16) != zlib.crc32(text):
-            return None
-        number, time_ms, kind, body = json.loads(text)
+        number, time_ms, kind, body = _content(line)
         return Entry(int(number), int(time_ms), str(kind), dict(body))
     except (ValueError, TypeError, RecursionError):
         return None
+
+
+def _checked(content: Any) -> bytes:
+    """A line with its checksum. What UTF-8 does not have, such as a stray byte of a file name, no store would take."""
+    text = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _content(line: bytes) -> Any:
+    """What `_checked` has made a line of; ValueError where it is torn or damaged."""
+    checksum, _, text = line.rstrip(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or int(checksum, 16) != zlib.crc32(text):
+        raise ValueError("a damaged line")
+    return json.loads(text)
 
 
 class Spool:
@@ -81,34 +94,36 @@ class Spool:
         self.folder = folder
         (folder / _FILES).mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._waiting: deque[Entry] = deque()
+        self._waiting: deque[tuple[int, bytes]] = deque()
         self._handle: int | None = None
         self._size = 0
         self.trouble: OSError | None = None
         """Why lines are held in memory at the moment, such as a full disk; None where they are on disk."""
         self.last, self._time_ms = 0, 0
-        self._cut_torn_end()
+        self._recover()
 
     def append(self, kind: str, **body: Any) -> Entry:
         """Write an entry down. It survives this process at once, and the machine from the next `sync` on.
 
         Where the disk takes nothing, the entry is held in memory and written with the next one.
+
+        Raises:
+            TypeError: JSON cannot hold it; nothing was written.
         """
         with self._lock:
-            self.last += 1
-            self._time_ms = max(self._time_ms, int(time.time() * 1000))
-            entry = Entry(self.last, self._time_ms, kind, body)
-            self._waiting.append(entry)
+            entry = Entry(self.last + 1, max(self._time_ms, int(time.time() * 1000)), kind, body)
+            self._waiting.append((entry.number, entry.line()))
+            self.last, self._time_ms = entry.number, entry.time_ms
             self._write_waiting()
             return entry
 
-    def keep_file(self, path: Path) -> str:
-        """Copy a file into the spool until it is delivered; returns its name there.
+    def keep_file(self, path: Path, name: str) -> str:
+        """Copy a file into the spool until it is delivered; returns its name there, which ends in `name`.
 
         Raises:
             OSError: there is no room.
         """
-        return self._keep(path.name, lambda kept: shutil.copyfile(path, kept))
+        return self._keep(name, lambda kept: shutil.copyfile(path, kept))
 
     def keep_text(self, content: str, name: str) -> str:
         """The same for a text that is to become a file.
@@ -119,9 +134,12 @@ class Spool:
         return self._keep(name, lambda kept: kept.write_text(content, encoding="utf-8", errors="backslashreplace"))
 
     def _keep(self, name: str, write: Callable[[Path], object]) -> str:
-        kept = self.folder / _FILES / f"{uuid.uuid4().hex[:8]}-{name}"
+        short = name.encode("utf-8", "replace")[-_NAME_BYTES:].decode("utf-8", "ignore")
+        kept = self.folder / _FILES / f"{uuid.uuid4().hex[:8]}-{short}"
         try:
             write(kept)
+            for path in (kept, kept.parent):  # else a power cut could leave its entry without it
+                _sync(path)
         except OSError:
             kept.unlink(missing_ok=True)
             raise
@@ -139,30 +157,56 @@ class Spool:
 
     def sync(self) -> None:
         """Make what was written survive a machine that loses power."""
-        with self._lock:
-            self._write_waiting()
-            if self._handle is not None and not self._waiting:
+        try:
+            with self._lock:
+                self._write_waiting()
+                handle = None if self._handle is None else os.dup(self._handle)
+            if handle is not None:  # without the lock: nobody who tells something waits for the disk to spin
                 try:
-                    os.fsync(self._handle)
-                except OSError as error:
-                    self.trouble = error
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+        except OSError as error:
+            self.trouble = error
+
+    @property
+    def written(self) -> int:
+        """Number of the last entry that is on disk."""
+        with self._lock:
+            return self.last - len(self._waiting)
+
+    def held(self) -> list[Entry]:
+        """The entries that the disk has not taken."""
+        with self._lock:
+            return [entry for _, line in self._waiting if (entry := entry_of(line))]
 
     def read(self, after: int = 0) -> Iterator[Entry]:
-        """The entries on disk after a number, in order; damaged lines are left out, and so found by their gap."""
+        """The entries on disk after a number, in order, each once, also while others are written or forgotten.
+
+        Damaged lines are left out, and so found by their gap.
+        """
         segments = self._segments()
         for index, (_, path) in enumerate(segments):
             if index + 1 < len(segments) and segments[index + 1][0] <= after + 1:
                 continue
-            with path.open("rb") as lines:
+            with suppress(FileNotFoundError), path.open("rb") as lines:  # forgotten in between, so delivered
                 for line in lines:
+                    if not line.endswith(b"\n"):
+                        break  # it is being written; what seems to follow is the rest of it
                     entry = entry_of(line)
-                    if entry is not None and entry.number > after:
+                    if entry is not None and entry.number > after:  # an interrupted write may have come twice
+                        after = entry.number
                         yield entry
 
     def forget(self, upto: int) -> None:
-        """Remove the segments that hold no entry after `upto`; the one that is written to stays."""
-        segments = self._segments()
-        for (_, path), (following, _) in pairwise(segments):
+        """Remove the segments that hold no entry after `upto`, nor one that is not delivered.
+
+        The one that is written to stays, and the first one, which says what run it is: without it, nothing could be
+        delivered any more where the position is lost.
+        """
+        delivered = self.position
+        upto = min(upto, delivered.number, delivered.files)
+        for (_, path), (following, _) in pairwise(self._segments()[1:]):
             if following <= upto + 1:
                 path.unlink(missing_ok=True)
 
@@ -170,7 +214,7 @@ class Spool:
     def position(self) -> Position:
         """How far delivery has come; at the beginning where nothing is known of it."""
         try:
-            found = json.loads((self.folder / _POSITION).read_text(encoding="utf-8"))
+            found = _content((self.folder / _POSITION).read_bytes())
             return Position(int(found["number"]), int(found["files"]), str(found["run_id"]))
         except (OSError, ValueError, KeyError, TypeError):
             return Position()
@@ -189,7 +233,7 @@ class Spool:
             OSError: there is no room; delivery is only repeated then.
         """
         aside = self.folder / (_POSITION + ".writing")
-        aside.write_text(json.dumps(asdict(position)), encoding="utf-8")
+        aside.write_bytes(_checked(asdict(position)))
         aside.replace(self.folder / _POSITION)
 
     def reject(self, entry: Entry, reason: str) -> None:
@@ -207,51 +251,63 @@ class Spool:
 
     def _segments(self) -> list[tuple[int, Path]]:
         """(number of its first entry, path) of every segment, in order."""
-        return sorted((int(path.stem), path) for path in self.folder.glob("[0-9]*.jsonl"))
+        return sorted((int(path.stem), path) for path in self.folder.glob("*.jsonl") if path.stem.isdecimal())
 
     def _write_waiting(self) -> None:
-        """Write what waits, entry by entry, so that a full disk never leaves half a line."""
+        """Write what waits, entry by entry, so that a full disk leaves half a line at most, at the end."""
         try:
+            if self.trouble is not None and self._handle is not None:
+                os.ftruncate(self._handle, self._size)
             while self._waiting:
-                line = self._waiting[0].line()
-                handle = self._open_segment(self._waiting[0].number)
-                if os.write(handle, line) < len(line):
-                    raise OSError(28, "No space left on device")
+                number, line = self._waiting[0]
+                if os.write(self._open_segment(number), line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 self._size += len(line)
                 self._waiting.popleft()
             self.trouble = None
         except OSError as error:
             self.trouble = error
-            if self._handle is not None:
-                os.ftruncate(self._handle, self._size)
 
     def _open_segment(self, number: int) -> int:
         if self._handle is not None and self._size > SEGMENT_BYTES:
-            os.fsync(self._handle)
-            os.close(self._handle)
-            self._handle = None
+            full, self._handle = self._handle, None
+            try:
+                os.fsync(full)
+            finally:
+                os.close(full)
         if self._handle is None:
             path = self.folder / f"{number:012}.jsonl"
             if self._size <= SEGMENT_BYTES and (segments := self._segments()):
                 path = segments[-1][1]
             self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            self._size = os.fstat(self._handle).st_size
+            _sync(self.folder)
+        self._size = os.fstat(self._handle).st_size
         return self._handle
 
-    def _cut_torn_end(self) -> None:
-        """Find the last sound entry, and cut off what follows it in the last segment."""
+    def _recover(self) -> None:
+        """Find the last entry, and cut off what follows it in the last segment: a line that was never whole."""
         segments = self._segments()
-        for _, path in segments[-1:]:
-            end = 0
+        for first, path in segments[-1:]:
+            self.last, self._size = first - 1, 0
             with path.open("rb") as lines:
                 for line in lines:
-                    entry = entry_of(line)
-                    if entry is not None:
-                        self.last, self._time_ms = entry.number, entry.time_ms
-                    if entry is not None or line.endswith(b"\n"):  # a damaged line in the middle stays where it is
-                        end = lines.tell()
-            os.truncate(path, end)
-            self._size = end
-        if segments and not self.last:
-            self.last = segments[-1][0] - 1
-        self.last = max(self.last, self.position.number)
+                    if line.endswith(b"\n"):
+                        entry = entry_of(line)
+                        self.last = entry.number if entry else self.last + 1  # a damaged one was an entry too
+                        self._size += len(line)
+            os.truncate(path, self._size)
+        for first, _ in reversed(segments):
+            if times := [entry.time_ms for entry in self.read(first - 1)]:
+                self._time_ms = times[-1]
+                break
+        delivered = self.position
+        self.last = max(self.last, delivered.number, delivered.files)  # a power cut may have taken delivered lines
+
+
+def _sync(path: Path) -> None:
+    """Make a file's content, or what names a folder has, survive a machine that loses power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

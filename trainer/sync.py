@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.addresses import Store, store_name
@@ -115,7 +115,7 @@ def _deliver(folder: RunFolder, count: Callable[[int], None]) -> Synced:
     lost, note = 0, ""
     try:
         door = MlflowDoor(_store_of(folder).uri)
-        _begin_anew(folder, door)
+        _begin(folder, door)
         courier = Courier(spool, door)
         try:
             courier.carry_all(count)
@@ -133,16 +133,26 @@ def _deliver(folder: RunFolder, count: Callable[[int], None]) -> Synced:
     return Synced(folder.path, spool.run_id, spool.last - waiting - before, waiting, note)
 
 
-def _begin_anew(folder: RunFolder, door: MlflowDoor) -> None:
-    """Make or find the MLflow run where the entry that describes it is damaged and was never delivered."""
+def _begin(folder: RunFolder, door: MlflowDoor) -> None:
+    """Make or find the MLflow run where the entry that describes it is damaged, or names a run that has ended.
+
+    `mlflow run` ends the run that it has made for a training, whether or not that has ever reached it.
+    """
     spool = folder.spool
     first = next(spool.read(), None)
-    if spool.run_id or first is None or first.kind == BEGIN:
+    if spool.run_id or first is None or (first.kind == BEGIN and not first.body["adopt"]):
         return
-    name = str(folder.facts.get("name", folder.path.name))
-    body = beginning(run_name=name, key=folder.key) | {"adopt": None, "parent": None}
-    entry = Entry(0, int(folder.facts["began"] * 1000), BEGIN, body)
-    spool.set_position(Position(run_id=door.begin(entry)))
+    if first.kind != BEGIN:
+        name = str(folder.facts.get("name", folder.path.name))
+        first = Entry(0, int(folder.facts["began"] * 1000), BEGIN, beginning(run_name=name, key=folder.key))
+        first.body.update(adopt=None, parent=None)
+    try:
+        run_id = door.begin(first)
+    except TrackingError:
+        if not first.body["adopt"]:
+            raise
+        run_id = door.begin(replace(first, body=first.body | {"adopt": None}))
+    spool.set_position(Position(first.number, 0, run_id))
 
 
 def _waiting(folder: RunFolder) -> int:

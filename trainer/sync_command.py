@@ -23,7 +23,8 @@ sent twice is there once: the command can be given again, also while other runs 
 def sync(folders: tuple[Path, ...]) -> None:
     """Deliver to MLflow what the runs in FOLDERS could not, and close runs whose process has died."""
     quiet_libraries()
-    from trainer.sync import sync as deliver  # MLflow
+    from trainer.sync import STILL_TRAINING  # MLflow
+    from trainer.sync import sync as deliver
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("entries"))
@@ -44,4 +45,6 @@ def sync(folders: tuple[Path, ...]) -> None:
     if waiting:
         click.echo(f"{len(waiting)} of {len(synced)} runs are not all in MLflow yet; nothing is lost", err=True)
         raise SystemExit(1)
-    click.echo(f"everything of {len(synced)} runs is in MLflow")
+    ended = [run for run in synced if run.note != STILL_TRAINING]
+    but = ", but for what is said above" if any(run.note for run in ended) else ""
+    click.echo(f"everything of {len(ended)} runs is in MLflow{but}")

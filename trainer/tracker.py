@@ -1,10 +1,12 @@
 """What everything in a run logs to: entries go into the spool beside the run, and from there to MLflow."""
 
 import math
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -77,6 +79,10 @@ class Diverged(TrainingStopped):
     """A resumed training computes other numbers than it did before it was interrupted."""
 
 
+_GAP = "gap"
+"""Stands for entries of which nothing but their numbers is known: damaged, or forgotten with a later resume point."""
+
+
 class SpoolTracker(Tracker):
     """The tracker of a run: a spool, and the thread that delivers it."""
 
@@ -104,18 +110,21 @@ class SpoolTracker(Tracker):
         self._spool, self._redactor, self._tolerant, self._close_seconds = spool, redactor, tolerant, close_seconds
         self._needed_from = resumed_after + 1
         self._expected: deque[Entry] = deque()
-        self._seen_sizes: set[tuple[int, frozenset[str]]] = set()
-        self._expect(entry for entry in spool.read(resumed_after) if entry.kind == "metrics")
+        self._measured: set[tuple[int, frozenset[str]]] = set()
+        self._expect(spool.read(resumed_after), resumed_after)
         self._last_words: list[Callable[[], None]] = []
         self.delivery = Delivery(spool, door, needed_from=lambda: self._needed_from)
 
-    def _expect(self, rows: Iterable[Entry]) -> None:
-        """Keep the rows that a resumed training will bring again."""
-        for entry in rows:
-            if _exact(entry.body["values"]):
+    def _expect(self, entries: Iterable[Entry], last: int) -> None:
+        """Keep the rows that a resumed training will bring again, and where others may have been."""
+        for entry in entries:
+            if entry.number > last + 1 and not self._tolerant:
+                self._expected.append(Entry(last + 1, 0, _GAP, {"last": entry.number - 1}))
+            last = entry.number
+            if entry.kind == "metrics" and _exact(entry.body["values"]):
                 self._expected.append(entry)
-            else:
-                self._seen_sizes.add((entry.body["step"], frozenset(entry.body["values"])))
+            elif entry.kind == "metrics":
+                self._measured.add((entry.body["step"], frozenset(entry.body["values"])))
 
     @property
     def run_id(self) -> str:  # type: ignore[override]  # a plain value elsewhere
@@ -124,8 +133,11 @@ class SpoolTracker(Tracker):
 
     @property
     def last(self) -> int:  # type: ignore[override]
-        """Number of the last entry."""
-        return self._spool.last
+        """Number of the last entry; while rows come again, of the last before the next of them.
+
+        A resume point that is written meanwhile must find those that are still to come.
+        """
+        return self._expected[0].number - 1 if self._expected else self._spool.last
 
     def need_from(self, number: int) -> None:
         """Say from which entry on a resumed training would want to compare; older ones may go once delivered."""
@@ -142,29 +154,48 @@ class SpoolTracker(Tracker):
             Diverged: it differs in a value that is exact.
         """
         if not _exact(row):
-            if (step, frozenset(row)) not in self._seen_sizes:
-                self._spool.append("metrics", step=step, values=dict(row))
-        elif self._expected:
-            self._compare(self._expected.popleft(), row, step)
+            before = (step, frozenset(row)) in self._measured or self._in_gap()
         else:
+            before = self._found(row, step) if self._tolerant else self._compared(row, step)
+        if not before:
             self._spool.append("metrics", step=step, values=dict(row))
 
-    def _compare(self, before: Entry, row: Mapping[str, float], step: int) -> None:
-        if self._tolerant:
-            return
+    def _in_gap(self) -> bool:
+        """Whether the rows that come now were delivered and are no longer known; others that are known follow them."""
+        gap = self._expected[0] if len(self._expected) > 1 and self._expected[0].kind == _GAP else None
+        return gap is not None and gap.number <= self._spool.position.number
+
+    def _found(self, row: Mapping[str, float], step: int) -> bool:
+        """Whether a row of the same metrics was logged for this step, whatever its values."""
+        while self._expected and self._expected[0].body["step"] < step:
+            self._expected.popleft()  # under another cadence it does not come again
+        found = next((entry for entry in self._expected if _fits(entry, row, step)), None)
+        if found is not None:
+            self._expected.remove(found)
+        return found is not None
+
+    def _compared(self, row: Mapping[str, float], step: int) -> bool:
+        """Whether a row was logged before the interruption, and found the same.
+
+        Raises:
+            Diverged: it is not.
+        """
+        delivered = self._in_gap()
+        gap = self._expected.popleft() if self._expected and self._expected[0].kind == _GAP else None
+        if not self._expected:
+            return False
+        before = self._expected[0]
+        if not _fits(before, row, step):
+            if gap is None:
+                raise _diverged(step, f"a row of step {before.body['step']} before, one of step {step} now")
+            if gap.number < gap.body["last"]:
+                self._expected.appendleft(replace(gap, number=gap.number + 1))
+            return delivered
+        self._expected.popleft()
         old, new = _exact(before.body["values"]), _exact(row)
-        if before.body["step"] == step and old.keys() == new.keys():
-            other = [key for key in new if not _same(old[key], new[key])]
-            if not other:
-                return
-            found = ", ".join(f"{key} {old[key]!r} before, {new[key]!r} now" for key in other[:5])
-        else:
-            found = f"a row of step {before.body['step']} before, one of step {step} now"
-        raise Diverged(
-            f"The resumed training is not what it was before the interruption, at step {step}: {found}. "
-            "Something beside the configuration has changed: code, libraries, machine or data. "
-            "Nothing was logged twice. Start a new run (--resume never), or go on all the same (--allow-drift)."
-        )
+        if other := [key for key in new if not _same(old[key], new[key])]:
+            raise _diverged(step, ", ".join(f"{key} {old[key]!r} before, {new[key]!r} now" for key in other[:5]))
+        return True
 
     def params(self, values: Mapping[str, str]) -> None:
         """Log params; a key that is already there stays as it is."""
@@ -180,12 +211,14 @@ class SpoolTracker(Tracker):
 
     def text(self, content: str, artifact: str) -> None:
         """Store a text as an artifact."""
+        artifact = self._redactor.text(artifact)
         kept = self._spool.keep_text(self._redactor.text(content), artifact)
         self._append(ARTIFACT, kept=kept, name=artifact, folder=None)
 
     def file(self, path: Path, folder: str | None = None) -> None:
         """Store a file as an artifact."""
-        self._append(ARTIFACT, kept=self._spool.keep_file(path), name=path.name, folder=folder)
+        name = self._redactor.text(path.name)
+        self._append(ARTIFACT, kept=self._spool.keep_file(path, name), name=name, folder=folder)
 
     def dataset(self, name: str, digest: str, source: str, context: str) -> None:
         """Name a dataset that the run read; `context` is train, validation or out_of_domain."""
@@ -232,6 +265,9 @@ class SpoolTracker(Tracker):
             self._spool.sync()
             self.delivery.finish(self._close_seconds if error is None else min(self._close_seconds, 10.0))
             self._spool.close()
+            if error is not None and self.waiting:  # of a run that went well, its end says it
+                home = self._spool.folder.parent
+                sys.stderr.write(f"{self.waiting} entries are not delivered: python -m trainer sync {home}\n")
 
 
 def status_after(error: BaseException | None) -> str:
@@ -240,6 +276,23 @@ def status_after(error: BaseException | None) -> str:
         return "FINISHED"
     interrupted = isinstance(error, SystemExit) and error.code in (129, 130, 143)
     return "KILLED" if interrupted or isinstance(error, KeyboardInterrupt | Interrupted) else "FAILED"
+
+
+def _diverged(step: int, found: str) -> Diverged:
+    return Diverged(
+        f"The resumed training is not what it was before the interruption, at step {step}: {found}. "
+        "Something beside the configuration has changed: code, libraries, machine or data. "
+        "Nothing was logged twice. Start a new run (--resume never), or go on all the same (--allow-drift)."
+    )
+
+
+def _fits(before: Entry, row: Mapping[str, float], step: int) -> bool:
+    """Whether an entry is a row of the same step with the same exact metrics."""
+    return (
+        before.kind == "metrics"
+        and before.body["step"] == step
+        and _exact(before.body["values"]).keys() == _exact(row).keys()
+    )
 
 
 def _exact(row: Mapping[str, float]) -> dict[str, float]:
