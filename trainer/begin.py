@@ -48,8 +48,8 @@ class Begun:
     """Where training goes on; None: at its beginning."""
     resumed: bool = False
     """Whether the run was there before."""
-    tolerant: bool = False
-    """Whether it cannot be bit-identical to a training that was never interrupted."""
+    left_upto: int = 0
+    """Number of the last entry of a course that was left, by another layout or configuration; 0: it never was."""
     drift: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Key -> (value before, value now) of what has changed and was allowed to."""
     lines: tuple[str, ...] = ()
@@ -98,6 +98,8 @@ def begin(parent: Path, identity: Identity, asked: Asked) -> Begun:
     Raises:
         ConfigError: the run is held by another process, is over, differs, or cannot be read.
     """
+    hide = of_environment()
+    identity = replace(identity, name=hide.text(identity.name), params=hide.tree(dict(identity.params)))
     with one_at_a_time(parent):
         wanted = Path(asked.resume) if asked.resume not in (AUTO, NEVER) else None
         if asked.resume == AUTO:
@@ -141,9 +143,10 @@ def _again(wanted: Path, identity: Identity, asked: Asked) -> Begun:
         else:
             shutil.rmtree(folder.path / "best", ignore_errors=True)
         taken_again(folder)
-        if drift or layout:
-            folder.write(params={**folder.facts["params"], **identity.params})
-        return Begun(folder.path, point, True, bool(layout or drift), drift, tuple(lines), folder)
+        if drift or layout or asked.allow_drift:
+            params = {**folder.facts["params"], **identity.params}
+            folder.write(params=params, left_upto=folder.spool.last)
+        return Begun(folder.path, point, True, folder.facts["left_upto"], drift, tuple(lines), folder)
     except BaseException:
         folder.release()
         raise
@@ -239,7 +242,7 @@ def open_tracker(
     forget_newer(begun.path, begun.point)  # not before: now it is known that the point can be used
     tracker = SpoolTracker(
         spool, door, redactor,
-        resumed_after=begun.point.spool if begun.point else 0, tolerant=begun.tolerant, close_seconds=close_seconds,
+        resumed_after=begun.point.spool if begun.point else 0, left_upto=begun.left_upto, close_seconds=close_seconds,
     )  # fmt: skip
     if begun.resumed:
         step = begun.point.position.seen.step if begun.point else 0

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 import time
 import uuid
@@ -18,6 +19,8 @@ from trainer.spool import Spool
 
 RUN_FILE, SPOOL = "run.json", "spool"
 _LOCK = "lock"
+_HELD: set[Path] = set()
+"""Folders of runs that this process holds."""
 _FORMAT = 1
 # `stopped` by itself: the same command would end in the same way, and begins a new run; a run that is named can go on
 State = Literal["running", "interrupted", "stopped", "over"]
@@ -79,7 +82,7 @@ class RunFolder:
     def release(self) -> None:
         """Let go of it."""
         self.spool.close()
-        os.close(self._lock)
+        _let_go(self.path, self._lock)
 
 
 class Busy(ConfigError):
@@ -97,13 +100,18 @@ def new_run(parent: Path, identity: Identity) -> RunFolder:
     path = parent / f"{safe}-{key[:8]}"
     facts = {
         "format": _FORMAT, "key": key, "name": identity.name, "state": "running", "began": time.time(),
-        "store": identity.store, "params": dict(identity.params), **_holder(),
+        "store": identity.store, "params": dict(identity.params), "left_upto": 0, **_holder(),
     }  # fmt: skip
     with told(path):
         path.mkdir(parents=True)
         lock = _take_lock(path)
-        _write_facts(path, facts)
-        return RunFolder(path, facts, lock)
+        try:
+            _write_facts(path, facts)
+            return RunFolder(path, facts, lock)
+        except BaseException:
+            _let_go(path, lock)
+            shutil.rmtree(path, ignore_errors=True)
+            raise
 
 
 def held(path: Path) -> RunFolder:
@@ -124,7 +132,11 @@ def held(path: Path) -> RunFolder:
                 "a run that nobody is training",
                 "wait for it, choose another --seed or --output_dir, or start a new run with --resume never",
             ) from None
-        return RunFolder(path, read_facts(path), lock)
+        try:
+            return RunFolder(path, read_facts(path), lock)
+        except BaseException:
+            _let_go(path, lock)
+            raise
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -137,7 +149,8 @@ def read_facts(path: Path) -> dict[str, Any]:
         facts = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
         if facts["format"] == _FORMAT and isinstance(facts["params"], dict):
             texts = {key: str(facts[key]) for key in ("key", "state", "store", "host")}
-            return {**facts, **texts, "pid": int(facts["pid"]), "began": float(facts["began"])}
+            numbers = {key: int(facts[key]) for key in ("pid", "left_upto")}
+            return {**facts, **texts, **numbers, "began": float(facts["began"])}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise ConfigError(
@@ -187,7 +200,10 @@ def told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            "training.output_dir", f"{path}: {error.strerror}", "a folder that can be written", "choose another"
+            "training.output_dir",
+            f"{path}: {error.strerror or error}",
+            "a folder that can be written",
+            "choose another",
         ) from None
 
 
@@ -195,15 +211,23 @@ def _take_lock(path: Path) -> int:
     """A lock that ends with this process and that no child of it inherits, as it would a `flock`.
 
     Raises:
-        BlockingIOError: another process has it.
+        BlockingIOError: another process has it, or this one, which the system would let have it twice.
     """
+    if path.resolve() in _HELD:
+        raise BlockingIOError
     lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BaseException:
         os.close(lock)
         raise
+    _HELD.add(path.resolve())
     return lock
+
+
+def _let_go(path: Path, lock: int) -> None:
+    _HELD.discard(path.resolve())
+    os.close(lock)
 
 
 def _write_facts(path: Path, facts: Mapping[str, Any]) -> None:
@@ -217,6 +241,11 @@ def _write_facts(path: Path, facts: Mapping[str, Any]) -> None:
 
 def _holder() -> dict[str, Any]:
     return {"pid": os.getpid(), "host": socket.gethostname()}
+
+
+def is_of_this_host(facts: Mapping[str, Any]) -> bool:
+    """Whether the process that holds or held a run ran here: of another host's, a lock may say nothing."""
+    return str(facts["host"]) == socket.gethostname()
 
 
 def taken_again(folder: RunFolder) -> None:

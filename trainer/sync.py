@@ -10,7 +10,7 @@ from pathlib import Path
 from trainer.addresses import Store, store_name
 from trainer.delivery import Courier, told_in_a_line
 from trainer.errors import ConfigError, TrackingError
-from trainer.runs import RUN_FILE, Busy, RunFolder, held, runs_below
+from trainer.runs import RUN_FILE, Busy, RunFolder, held, is_of_this_host, runs_below
 from trainer.spool import BEGIN, REJECTED, Entry, Position
 from trainer.tracking import MlflowDoor, beginning, reach_store
 
@@ -47,7 +47,8 @@ def close_dead(parent: Path, *, but: Path | None = None) -> list[str]:
             raise TimeoutError("the rest would take longer: python -m trainer sync")
 
     for path, facts in runs_below(parent):
-        if facts["state"] == "running" and (but is None or path.resolve() != but.resolve()):
+        mine = but is not None and path.resolve() == but.resolve()
+        if facts["state"] == "running" and is_of_this_host(facts) and not mine:
             with suppress(ConfigError):
                 folder = held(path)
                 try:

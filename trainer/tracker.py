@@ -93,7 +93,7 @@ class SpoolTracker(Tracker):
         redactor: Redactor,
         *,
         resumed_after: int = 0,
-        tolerant: bool = False,
+        left_upto: int = 0,
         close_seconds: float,
     ) -> None:
         """Log to a spool whose first entry says which run it is.
@@ -104,11 +104,13 @@ class SpoolTracker(Tracker):
             redactor: takes secrets out of all that is told.
             resumed_after: number of the last entry before the resume point that training goes on from; the rows that
                 come after it will be computed again, and must be the same.
-            tolerant: whether they need not be the same, because the layout or the configuration has changed.
+            left_upto: number of the last entry of a course that was left, by another layout or configuration: rows up
+                to it need not be the same.
             close_seconds: how long the end of the run waits for the delivery.
         """
-        self._spool, self._redactor, self._tolerant, self._close_seconds = spool, redactor, tolerant, close_seconds
+        self._spool, self._redactor, self._left_upto, self._close_seconds = spool, redactor, left_upto, close_seconds
         self._needed_from = resumed_after + 1
+        self._left: deque[Entry] = deque()
         self._expected: deque[Entry] = deque()
         self._measured: set[tuple[int, frozenset[str]]] = set()
         self._expect(spool.read(resumed_after), resumed_after)
@@ -118,11 +120,11 @@ class SpoolTracker(Tracker):
     def _expect(self, entries: Iterable[Entry], last: int) -> None:
         """Keep the rows that a resumed training will bring again, and where others may have been."""
         for entry in entries:
-            if entry.number > last + 1 and not self._tolerant:
+            if entry.number > last + 1 > self._left_upto:
                 self._expected.append(Entry(last + 1, 0, _GAP, {"last": entry.number - 1}))
             last = entry.number
             if entry.kind == "metrics" and _exact(entry.body["values"]):
-                self._expected.append(entry)
+                (self._left if entry.number <= self._left_upto else self._expected).append(entry)
             elif entry.kind == "metrics":
                 self._measured.add((entry.body["step"], frozenset(entry.body["values"])))
 
@@ -137,7 +139,8 @@ class SpoolTracker(Tracker):
 
         A resume point that is written meanwhile must find those that are still to come.
         """
-        return self._expected[0].number - 1 if self._expected else self._spool.last
+        coming = self._left or self._expected
+        return coming[0].number - 1 if coming else self._spool.last
 
     def need_from(self, number: int) -> None:
         """Say from which entry on a resumed training would want to compare; older ones may go once delivered."""
@@ -156,7 +159,7 @@ class SpoolTracker(Tracker):
         if not _exact(row):
             before = (step, frozenset(row)) in self._measured or self._in_gap()
         else:
-            before = self._found(row, step) if self._tolerant else self._compared(row, step)
+            before = self._found(row, step) or self._compared(row, step)
         if not before:
             self._spool.append("metrics", step=step, values=dict(row))
 
@@ -166,12 +169,12 @@ class SpoolTracker(Tracker):
         return gap is not None and gap.number <= self._spool.position.number
 
     def _found(self, row: Mapping[str, float], step: int) -> bool:
-        """Whether a row of the same metrics was logged for this step, whatever its values."""
-        while self._expected and self._expected[0].body["step"] < step:
-            self._expected.popleft()  # under another cadence it does not come again
-        found = next((entry for entry in self._expected if _fits(entry, row, step)), None)
+        """Whether the course that was left has a row of the same metrics for this step, whatever its values."""
+        while self._left and self._left[0].body["step"] < step:
+            self._left.popleft()  # under another cadence it does not come again
+        found = next((entry for entry in self._left if _fits(entry, row, step)), None)
         if found is not None:
-            self._expected.remove(found)
+            self._left.remove(found)
         return found is not None
 
     def _compared(self, row: Mapping[str, float], step: int) -> bool:

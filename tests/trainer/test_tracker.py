@@ -27,11 +27,11 @@ class Nowhere:
 
 
 def tracker(
-    spool: Spool, *, after: int = 0, tolerant: bool = False, environment: dict[str, str] | None = None
+    spool: Spool, *, after: int = 0, left_upto: int = 0, environment: dict[str, str] | None = None
 ) -> SpoolTracker:
     """The tracker of a run, resumed after an entry; nothing is delivered."""
     return SpoolTracker(
-        spool, Nowhere(), Redactor(environment or {}), resumed_after=after, tolerant=tolerant, close_seconds=0
+        spool, Nowhere(), Redactor(environment or {}), resumed_after=after, left_upto=left_upto, close_seconds=0
     )
 
 
@@ -139,14 +139,20 @@ def test_what_is_measured_may_differ(tmp_path: Path) -> None:
 
 
 def test_where_numbers_may_differ_rows_are_known_by_step_and_metrics(tmp_path: Path) -> None:
-    """On another number of ranks, say; also when it is interrupted on its way."""
+    """On another number of ranks, say; also when it is interrupted on its way. The rows of the new course are its own:
+    they must come again as they were.
+    """
     spool = Spool(tmp_path)
     run = tracker(spool)
     point = train(run, 1, 3)
     train(run, 4, 12)
-    middle = train(tracker(Spool(tmp_path), after=point, tolerant=True), 4, 7, drift=0.5)
-    train(tracker(Spool(tmp_path), after=middle, tolerant=True), 8, 15, drift=0.5)
+    left = spool.last
+    middle = train(tracker(Spool(tmp_path), after=point, left_upto=left), 4, 7, drift=0.5)
+    for _ in range(2):
+        train(tracker(Spool(tmp_path), after=middle, left_upto=left), 8, 15, drift=0.5)
     assert rows(Spool(tmp_path)) == expected_rows(15)
+    with pytest.raises(Diverged):
+        train(tracker(Spool(tmp_path), after=middle, left_upto=left), 8, 15, drift=0.7)
 
 
 def test_under_another_cadence_no_row_is_taken_for_another(tmp_path: Path) -> None:
@@ -154,7 +160,7 @@ def test_under_another_cadence_no_row_is_taken_for_another(tmp_path: Path) -> No
     spool = Spool(tmp_path)
     for step, key in ((2, LOSS), (2, OTHER), (4, LOSS), (4, OTHER)):
         tracker(spool, after=spool.last).metrics({key: 1.0}, step)
-    run = tracker(spool, tolerant=True)
+    run = tracker(spool, left_upto=spool.last)
     for step, key in ((2, LOSS), (3, LOSS), (3, OTHER), (4, LOSS), (5, LOSS)):
         run.metrics({key: 1.0}, step)
     assert [(e.body["step"], *e.body["values"]) for e in spool.read(4)] == [(3, LOSS), (3, OTHER), (5, LOSS)]

@@ -146,8 +146,11 @@ def test_everything_goes_through_a_server_too(server: str, tmp_path: Path, monke
     assert "stop" in Path(client.download_artifacts(failed.run_id, names.ARTIFACT_TRACEBACK, str(tmp_path))).read_text()
 
 
-def test_user_and_password_leave_the_uri_of_a_server(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_and_password_leave_the_uri_of_a_server(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """MLflow, which puts URIs into its error messages, gets them through its own variables instead."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hu%40sh@{server}")
     with open_run(run_name="r"):
         pass
