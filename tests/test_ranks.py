@@ -28,7 +28,7 @@ from tests.running import (
     wait_for,
 )  # fmt: skip
 from tests.step_on_ranks import RATE
-from trainer import names
+from trainer import launch, names
 
 KINDS = [("plain", 2), ("zero", 1), ("zero", 2)]
 IDS = ["two ranks", "ZeRO-2 on one rank", "ZeRO-2 on two ranks"]
@@ -151,6 +151,22 @@ def test_ranks_of_another_launcher_must_be_those_of_the_configuration(tmp_path: 
     assert done.returncode != 0
     assert done.stderr.count("a launcher has started 2 ranks") == 1
     assert "set launch.nproc to 2" in done.stderr
+
+
+@pytest.mark.parametrize(("age", "said"), [(3600, "removed"), (5, "another process compiles")])
+def test_a_lock_of_a_killed_compilation_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], age: float, said: str
+) -> None:
+    """Torch alone would wait for ever, without a word; an old one is removed."""
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (time.time() - age,) * 2)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    launch._tell_of_locks()
+    told = capsys.readouterr().err
+    assert said in told and str(lock) in told
+    assert lock.exists() == (age < 600)
 
 
 def test_ctrl_c_ends_all_ranks_and_closes_the_run_as_killed(tmp_path: Path) -> None:

@@ -5,14 +5,18 @@ import os
 import signal
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer.errors import ConfigError
 from trainer.signals import pass_on
 
 _STARTED_AS_RANK = "LOCAL_RANK" in os.environ  # at the start: `_alone` makes a lone process a rank of one
+_LOCK_SECONDS = 600.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -97,6 +101,8 @@ def join(nproc: int, make_zero: Callable[[], Any] | None) -> Any:
         )
     if make_zero is not None:
         _alone()
+        if is_first():
+            _tell_of_locks()
         return make_zero()
     return Accelerator(
         cpu=not torch.cuda.is_available(),
@@ -144,6 +150,24 @@ def end(status: int) -> NoReturn:
             sys.stderr.flush()
             os._exit(status)
     sys.exit(status)
+
+
+def _tell_of_locks() -> None:
+    """Torch waits, silently and for ever, for a process that compiles DeepSpeed's parts, also where that was killed.
+
+    Compiling takes half a minute: a lock that is old is nobody's.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in (*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")):
+        with suppress(OSError):
+            if time.time() - lock.stat().st_mtime > _LOCK_SECONDS:
+                lock.unlink()
+                said = f"removed {lock}, which a process has left that was killed while it compiled for DeepSpeed"
+            else:
+                said = f"another process compiles for DeepSpeed; if none does, it was killed: remove {lock}"
+            print(said, file=sys.stderr)
 
 
 def _alone() -> None:
