@@ -40,8 +40,9 @@ $(STRATEGIES) pocket_base: setup
 ui: setup
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
+# Two files at a time; a thread each, since many tests start processes that are as busy.
 test: setup-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup-dev
 	$(BIN)/python -m pytest -m slow
