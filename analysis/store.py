@@ -26,9 +26,10 @@ from sqlalchemy import select
 from analysis.curves import Curve, last_write_wins
 from analysis.runs import PARENT, Imported, Run
 from trainer import names
+from trainer.addresses import sqlite_file, without_password
 from trainer.config.problems import nearest
 from trainer.errors import TrackingError
-from trainer.tracking import alone_at_birth, reach_store, sqlite_file, told, without_password
+from trainer.tracking import alone_at_birth, reach_store, told
 
 PAGE = 1000
 """Runs of one page; what is kept of a page that has been read is up to the reader."""
@@ -67,7 +68,15 @@ class Store:
         # a bar for every small file and two lines for every run that ends say nothing here
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        self.uri = reach_store()
+        reached = reach_store()
+        self.uri = reached.uri
+        if reached.away:  # training can wait for it, and reading cannot
+            raise TrackingError(
+                f"MLFLOW_TRACKING_URI ({reached.name})",
+                reached.away,
+                "a store that is there",
+                "start it, or correct it",
+            )
         if not create and self.uri.startswith("sqlite") and not sqlite_file(self.uri).is_file():
             raise TrackingError(
                 f"MLFLOW_TRACKING_URI ({self.uri})",

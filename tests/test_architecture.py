@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "resume": ("checkpoint", "engine", "events", "model", "position"),
     "position": ("events",),
     "runs": ("errors", "spool"),
-    "signals": (),
+    "signals": ("errors",),
     "redact": (),
     "spool": (),
     "delivery": ("errors", "spool"),

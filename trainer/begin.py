@@ -15,11 +15,12 @@ from trainer.addresses import Store
 from trainer.checkpoint import BadCheckpoint
 from trainer.errors import ConfigError, TrainingStopped, UserError
 from trainer.facts import DIGESTS
+from trainer.position import Position
 from trainer.redact import of_environment
 from trainer.resume import FOLDER, Point, forget_newer, forget_points, newest_good, read_point, restore_best
-from trainer.runs import Identity, RunFolder, held, new_run, one_at_a_time, taken_again, unfinished
-from trainer.spool import Position, Spool
-from trainer.sync import close_dead
+from trainer.runs import Identity, RunFolder, disk, held_when_free, new_run, one_at_a_time, taken_again, unfinished
+from trainer.spool import AGAIN, BEGIN, END, Spool
+from trainer.sync import close_dead, ensure_begun
 from trainer.tracker import Diverged, SpoolTracker, Tracker
 from trainer.tracking import MlflowDoor, beginning, made_for_us, reach_store, told
 
@@ -36,6 +37,8 @@ class Asked:
     """Whether it may be gone on with under another configuration."""
     total_steps: int
     """Optimizer steps of the training that was asked for."""
+    patience: int | None = None
+    """Evaluations without a better loss after which it ends early; None: it does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,11 @@ class Begun:
     folder: RunFolder | None = None
     """Held by the first rank alone."""
 
+    @property
+    def key(self) -> str:
+        """Of this training; empty on all ranks but the first."""
+        return self.folder.key if self.folder else ""
+
     def __enter__(self) -> Self:
         """The run is held."""
         return self
@@ -70,12 +78,19 @@ class Begun:
         nothing_begun = self.folder.spool.last == 0
         by_itself = isinstance(error, TrainingStopped) and not isinstance(error, Diverged)
         with suppress(OSError):
-            self.folder.write(state="over" if error is None else "stopped" if by_itself else "interrupted")
+            if nothing_begun or _last_word(self.folder.spool) == END:
+                self.folder.write(state="over" if error is None else "stopped" if by_itself else "interrupted")
+            # else it ended before anybody could tell: the next command closes it, as it does one whose process died
             if error is None:
                 forget_points(self.path)
         self.folder.release()
         if nothing_begun and not self.resumed:
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _last_word(spool: Spool) -> str:
+    """Whether the last thing that was told of a run's life is that it began, went on, or ended."""
+    return next((kind for kind in reversed([e.kind for e in spool.read()]) if kind in (BEGIN, AGAIN, END)), "")
 
 
 def begin_on_ranks(accelerator: Any, identity: Identity, parent: Path, asked: Asked) -> Begun:
@@ -109,7 +124,8 @@ def begin(parent: Path, identity: Identity, asked: Asked) -> Begun:
             folder.write(made_with=provenance.made_with())
             begun = Begun(folder.path, None, folder=folder)
         else:
-            begun = _again(wanted, identity, asked)
+            with disk(wanted):
+                begun = _again(wanted, identity, asked)
     closed = close_dead(parent, but=begun.path)
     return replace(begun, lines=(*closed, *begun.lines))
 
@@ -117,21 +133,23 @@ def begin(parent: Path, identity: Identity, asked: Asked) -> Begun:
 def _again(wanted: Path, identity: Identity, asked: Asked) -> Begun:
     """Take an interrupted run as it stands, with its newest sound resume point or the one that was named."""
     named = wanted if wanted.parent.name == FOLDER else None
-    folder = held(named.parent.parent if named else wanted)
+    folder = held_when_free(named.parent.parent if named else wanted)
     try:
         drift = _allowed(folder, identity, asked.allow_drift)
-        point, lines = _named_point(named) if named else newest_good(folder.path)
-        if point is not None and point.position.seen.step > asked.total_steps:
-            step, end = point.position.seen.step, asked.total_steps
+        point, lines = _named_point(named, folder.key) if named else newest_good(folder.path, folder.key)
+        if point is None and lines:
+            bad = "".join(f"\n             {line}" for line in lines)
             raise ConfigError(
-                "--resume", f"{point.folder}, after optimizer step {step}, for a training of {end} steps",
-                "a resume point before the end", "name an older one, or start a new run with --resume never",
+                "--resume", f"{folder.path}, of whose resume points none is sound:{bad}",
+                "a sound resume point", "mend the disk, or start a new run with --resume never",
             )  # fmt: skip
+        point = point and replace(point, position=_position(point, asked))
         before = {key: folder.facts["params"].get(key) for key in identity.layout()}
         layout = {key: (old, new) for key, new in identity.layout().items() if (old := before[key]) != new}
+        changed = bool(drift or layout)
         if layout:
-            changed = ", ".join(f"{key} from {old} to {new}" for key, (old, new) in layout.items())
-            lines.append(f"{changed}: sums are made in another order; numbers agree to rounding, not to the bit")
+            reordered = ", ".join(f"{key} from {old} to {new}" for key, (old, new) in layout.items())
+            lines.append(f"{reordered}: sums are made in another order; numbers agree to rounding, not to the bit")
         made_with = provenance.made_with()
         for what, value in made_with.items():
             if folder.facts.get("made_with", made_with).get(what) != value:
@@ -143,13 +161,32 @@ def _again(wanted: Path, identity: Identity, asked: Asked) -> Begun:
         else:
             shutil.rmtree(folder.path / "best", ignore_errors=True)
         taken_again(folder)
-        if drift or layout or asked.allow_drift:
+        known = dict(folder.facts.get("drift", {}))
+        drift = {**known, **{key: (known.get(key, pair)[0], pair[1]) for key, pair in drift.items()}}
+        if changed or asked.allow_drift:
             params = {**folder.facts["params"], **identity.params}
-            folder.write(params=params, left_upto=folder.spool.last)
+            folder.write(params=params, left_upto=folder.spool.last, drift=drift)
         return Begun(folder.path, point, True, folder.facts["left_upto"], drift, tuple(lines), folder)
     except BaseException:
         folder.release()
         raise
+
+
+def _position(point: Point, asked: Asked) -> Position:
+    """Where training goes on from a point, for as many steps and as much patience as are asked for now.
+
+    Raises:
+        ConfigError: training would have ended before.
+    """
+    here = point.position
+    if here.seen.step > asked.total_steps:
+        raise ConfigError(
+            "--resume", f"{point.folder}, after optimizer step {here.seen.step}, for {asked.total_steps} steps",
+            "a resume point before the end", "name an older one, or start a new run with --resume never",
+        )  # fmt: skip
+    ended = here.seen.step == asked.total_steps or replace(here.progress, patience=asked.patience).stop
+    # The last pass does more than others: where a pass has become the last, it is gone through again.
+    return replace(here, ended=here.ended and ended, passed=here.passed and (here.ended or not ended))
 
 
 def _allowed(folder: RunFolder, identity: Identity, allow_drift: bool) -> dict[str, tuple[str, str]]:
@@ -181,9 +218,9 @@ def _allowed(folder: RunFolder, identity: Identity, allow_drift: bool) -> dict[s
     return drift
 
 
-def _named_point(folder: Path) -> tuple[Point, list[str]]:
+def _named_point(folder: Path, key: str) -> tuple[Point, list[str]]:
     try:
-        return read_point(folder), []
+        return read_point(folder, key), []
     except BadCheckpoint as error:
         raise unusable(folder, error) from None
 
@@ -231,14 +268,14 @@ def open_tracker(
     spool, redactor, door = begun.folder.spool, of_environment(), MlflowDoor(store.uri)
     if spool.last == 0:
         spool.append(
-            "begin", **redactor.tree(beginning(run_name=run_name, key=begun.folder.key, parent_run_id=parent_run_id))
+            BEGIN, **redactor.tree(beginning(run_name=run_name, key=begun.folder.key, parent_run_id=parent_run_id))
         )
     else:
-        spool.append("again")
+        spool.append(AGAIN)
     if not store.away:
         with told(store.uri):
             door.client  # noqa: B018  # a store that is not there yet is made now
-        _reach(spool, door)
+        _reach(begun.folder, door)
     forget_newer(begun.path, begun.point)  # not before: now it is known that the point can be used
     tracker = SpoolTracker(
         spool, door, redactor,
@@ -251,15 +288,13 @@ def open_tracker(
     return tracker
 
 
-def _reach(spool: Spool, door: MlflowDoor) -> None:
+def _reach(folder: RunFolder, door: MlflowDoor) -> None:
     """Make or find the MLflow run of a spool, if that can be done at once; close the one that was made for nothing."""
     try:
-        if not spool.run_id:
-            first = next(spool.read())
-            spool.set_position(Position(first.number, 0, door.begin(first)))
+        ensure_begun(folder, door)
         made = made_for_us()
-        if made is not None and made != spool.run_id:
-            door.hand_over(made, spool.run_id)
+        if made is not None and made != folder.spool.run_id:
+            door.hand_over(made, folder.spool.run_id)
     except UserError:
         raise
     except Exception:  # noqa: BLE001  # it has gone away in between: the delivery tries again, and says so

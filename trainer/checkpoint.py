@@ -158,13 +158,13 @@ def write_folder(folder: Path, fill: Callable[[Path], None], facts: Mapping[str,
 
 def mend(root: Path) -> None:
     """Put right what a process left that died while it wrote in a folder of checkpoints."""
-    for old in root.glob(f"*{_OLD}"):
+    for old in (path for path in root.glob(f"*{_OLD}") if path.is_dir()):
         folder = old.with_name(old.name.removesuffix(_OLD))
         if folder.exists():
             shutil.rmtree(old)
         else:  # it died between the two renames
             old.rename(folder)
-    for aside in root.glob(f"*{_WRITING}"):
+    for aside in (path for path in root.glob(f"*{_WRITING}") if path.is_dir()):
         shutil.rmtree(aside)
 
 

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Protocol
 
 from trainer.errors import UserError, reason_of
-from trainer.spool import ARTIFACT, BEGIN, Entry, Spool
+from trainer.spool import ARTIFACT, BEGIN, END, Entry, Spool
 
 _AT_ONCE = 50
 """Entries that are sent together."""
@@ -69,7 +69,7 @@ class Courier:
         Raises:
             Exception: as above.
         """
-        words = [entry for entry in self._spool.held() if entry.kind in ("params", "tags", "end")]
+        words = [entry for entry in self._spool.held() if entry.kind in ("params", "tags", END)]
         if words and self._position.run_id:
             self._door.deliver(words, self._spool, self._position.run_id)
 

@@ -6,7 +6,6 @@ that is drawn at random needs to be kept: data order, augmentation and dropout a
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -79,6 +78,7 @@ class Keeper:
         accelerator: Accelerator,
         *,
         told: Told,
+        key: str = "",
     ) -> None:
         """Keep points below `root`.
 
@@ -88,9 +88,10 @@ class Keeper:
             parts: what else remembers something.
             accelerator: the first rank writes.
             told: what the run has told so far, which must be as durable as the point.
+            key: of the training, to which the points belong.
         """
         self._root, self._engine, self._parts, self._accelerator = root, engine, parts, accelerator
-        self._told = told
+        self._told, self._key = told, key
 
     def __call__(self, position: Position) -> SaveFailed | None:
         """Write a point; where there is no room for it, those before stay, and what failed is returned."""
@@ -117,10 +118,11 @@ class Keeper:
             save_file(tensors, aside / _TENSORS)
             (aside / _STATE).write_text(json.dumps(state), encoding="utf-8")
             if (best := self._root / "best").is_dir():
-                # what is best now must be there when training goes on from here, although a later one replaces it
-                shutil.copytree(best, aside / _BEST, copy_function=_link)
+                # What is best now must be there when training goes on from here, although a later one replaces it. A
+                # copy, and no link: what damages one of them must not damage all.
+                shutil.copytree(best, aside / _BEST)
 
-        write_folder(folder, fill, {"format": _FORMAT, "step": position.seen.step, "spool": spool})
+        write_folder(folder, fill, {"format": _FORMAT, "key": self._key, "step": position.seen.step, "spool": spool})
         points = newest_first(self._root)
         for old in points[_KEPT:]:
             shutil.rmtree(old)
@@ -133,8 +135,8 @@ def newest_first(root: Path) -> list[Path]:
     return sorted((root / FOLDER).glob("step-*[0-9]"), key=step_of, reverse=True)
 
 
-def read_point(folder: Path) -> Point:
-    """A resume point, after every byte of it was checked.
+def read_point(folder: Path, key: str | None = None) -> Point:
+    """A resume point, after every byte of it was checked; with a key, one of that training.
 
     Raises:
         BadCheckpoint: it is damaged, or something else.
@@ -143,6 +145,8 @@ def read_point(folder: Path) -> Point:
     with _told(_STATE):
         if manifest["format"] != _FORMAT:
             raise BadCheckpoint(f"of format {manifest['format']!r}; this version reads {_FORMAT}")
+        if key is not None and manifest["key"] != key:
+            raise BadCheckpoint("of another training")
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         position = position_of(state["position"])
         if position.seen.step != step_of(folder):
@@ -150,14 +154,14 @@ def read_point(folder: Path) -> Point:
         return Point(folder, position, int(manifest["spool"]), {str(k): dict(v) for k, v in state["parts"].items()})
 
 
-def newest_good(root: Path) -> tuple[Point | None, list[str]]:
+def newest_good(root: Path, key: str | None = None) -> tuple[Point | None, list[str]]:
     """The newest sound resume point of a run, None where there is none; and a line for each newer one that is not."""
     mend(root / FOLDER)
     mend(root)
     lines: list[str] = []
     for folder in newest_first(root):
         try:
-            return read_point(folder), lines
+            return read_point(folder, key), lines
         except BadCheckpoint as error:
             lines.append(f"the resume point {folder} cannot be used ({error}); the one before it is taken")
     return None, lines
@@ -230,14 +234,6 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 def _facts(folder: Path) -> dict[str, Any]:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return {key: value for key, value in manifest.items() if key != "files"}
-
-
-def _link(source: str, target: str) -> None:
-    """A file once more without its bytes: checkpoints are replaced as a whole and never written into."""
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, target)
 
 
 @contextmanager

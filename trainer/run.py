@@ -65,7 +65,7 @@ def run(
     store = launch.on_first_rank(accelerator, lambda: logs_to or reach_store())
     rests = launch.on_first_rank(accelerator, lambda: facts.rests_on(resolved, prepared))
     identity = Identity(run_name, {**resolved.params(), **rests}, store.name)
-    asked = Asked(resume_from, allow_drift, budget.total_steps)
+    asked = Asked(resume_from, allow_drift, budget.total_steps, training.early_stopping_patience)
     with begin_on_ranks(accelerator, identity, Path(training.output_dir), asked) as begun:
         # model, wrapped as the plan says
         model = apply_plan(build.load_base(config, prepared.tools), prepared.plan, seed=training.seed)
@@ -101,7 +101,7 @@ def run(
             if first and begun.point is None:
                 facts.log_start(tracker, resolved, prepared, dtypes(model), rests)
             saver = Saver(model, begun.path, keep=training.save_total_limit, accelerator=accelerator)
-            keeper = resume.Keeper(begun.path, engine, remembers, accelerator, told=tracker)
+            keeper = resume.Keeper(begun.path, engine, remembers, accelerator, told=tracker, key=begun.key)
             tracker.at_end(lambda: facts.log_gate(tracker, gate))
             best = training.load_best_model_at_end
             tracker.at_end(lambda: facts.log_checkpoints(tracker, reporter.checkpoints, best))

@@ -19,6 +19,7 @@ from trainer.spool import Spool
 
 RUN_FILE, SPOOL = "run.json", "spool"
 _LOCK = "lock"
+_CLOSING_SECONDS = 60.0
 _HELD: set[Path] = set()
 """Folders of runs that this process holds."""
 _FORMAT = 1
@@ -86,7 +87,7 @@ class RunFolder:
 
 
 class Busy(ConfigError):
-    """A living process holds a run."""
+    """Another process holds a run: the one that trains it, or for a moment one that closes it."""
 
 
 def new_run(parent: Path, identity: Identity) -> RunFolder:
@@ -102,7 +103,7 @@ def new_run(parent: Path, identity: Identity) -> RunFolder:
         "format": _FORMAT, "key": key, "name": identity.name, "state": "running", "began": time.time(),
         "store": identity.store, "params": dict(identity.params), "left_upto": 0, **_holder(),
     }  # fmt: skip
-    with told(path):
+    with disk(path):
         path.mkdir(parents=True)
         lock = _take_lock(path)
         try:
@@ -121,11 +122,11 @@ def held(path: Path) -> RunFolder:
         Busy: a living process has it; one that has died keeps nothing.
         ConfigError: it is no folder of a run, or cannot be read.
     """
-    with told(path):
+    facts = read_facts(path)
+    with disk(path):
         try:
             lock = _take_lock(path)
         except BlockingIOError:
-            facts = read_facts(path)
             raise Busy(
                 str(path),
                 f"a run that process {facts['pid']} on {facts['host']} is training",
@@ -137,6 +138,34 @@ def held(path: Path) -> RunFolder:
         except BaseException:
             _let_go(path, lock)
             raise
+
+
+def held_when_free(path: Path) -> RunFolder:
+    """The same, for a run that is to be gone on with: a command that only closes it is waited for.
+
+    Raises:
+        Busy: the process that trains it is alive, or is another host's; or the other command takes too long.
+        ConfigError: see `held`.
+    """
+    until = time.monotonic() + _CLOSING_SECONDS
+    while True:
+        try:
+            return held(path)
+        except Busy:
+            facts = read_facts(path)
+            if not is_of_this_host(facts) or _is_alive(facts["pid"]) or time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's; no number of a process
+        return True
+    return True
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -183,18 +212,19 @@ def one_at_a_time(parent: Path) -> Iterator[None]:
     Raises:
         ConfigError: the folder cannot be made.
     """
-    with told(parent):
+    with disk(parent):
         parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(parent / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+        with disk(parent):  # there are file systems without locks
+            fcntl.lockf(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
+def disk(path: Path) -> Iterator[None]:
     """What keeps a folder from being used becomes one message."""
     try:
         yield
@@ -232,11 +262,15 @@ def _let_go(path: Path, lock: int) -> None:
 
 def _write_facts(path: Path, facts: Mapping[str, Any]) -> None:
     aside = path / f"{RUN_FILE}.writing"
-    with aside.open("w", encoding="utf-8") as handle:
-        handle.write(json.dumps(facts, indent=1) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    aside.replace(path / RUN_FILE)
+    try:
+        with aside.open("w", encoding="utf-8") as handle:
+            handle.write(json.dumps(facts, indent=1) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        aside.replace(path / RUN_FILE)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _holder() -> dict[str, Any]:

@@ -12,6 +12,8 @@ from types import FrameType
 
 import psutil
 
+from trainer.errors import Interrupted
+
 SAME_WISH_SECONDS = 5.0
 """Signals that follow the first so soon ask for the same thing: under `mlflow run`, Ctrl-C reaches us from the terminal
 and again from MLflow, and must not interrupt the closing of the run. A second Ctrl-C by hand is another wish."""
@@ -50,6 +52,8 @@ class Signals:
             yield
         finally:
             self._in_training = False
+        if self.stop:  # it came during the last save, where nobody asks any more
+            raise Interrupted("after the last optimizer step, a resume point is written")
 
     @property
     def status(self) -> int:

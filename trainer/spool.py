@@ -22,7 +22,7 @@ from typing import Any
 
 SEGMENT_BYTES = 2**17
 """A segment that has grown beyond this is closed, and the next line begins another."""
-BEGIN, ARTIFACT = "begin", "artifact"
+BEGIN, AGAIN, END, ARTIFACT = "begin", "again", "end", "artifact"
 """Kinds of entries: the first one, which says what run it is; those that bring a file."""
 REJECTED = "rejected.jsonl"
 _FILES = "files"

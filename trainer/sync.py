@@ -11,7 +11,7 @@ from trainer.addresses import Store, store_name
 from trainer.delivery import Courier, told_in_a_line
 from trainer.errors import ConfigError, TrackingError
 from trainer.runs import RUN_FILE, Busy, RunFolder, held, is_of_this_host, runs_below
-from trainer.spool import BEGIN, REJECTED, Entry, Position
+from trainer.spool import BEGIN, END, REJECTED, Entry, Position
 from trainer.tracking import MlflowDoor, beginning, reach_store
 
 STILL_TRAINING = "still training: it delivers by itself"
@@ -87,6 +87,8 @@ def _sync(path: Path, watch: Callable[[Path, int, int], None]) -> Synced:
     except ConfigError as error:
         return Synced(path, "", 0, 1, f"cannot be read ({told_in_a_line(error)})")
     try:
+        if folder.facts["state"] == "running" and not is_of_this_host(folder.facts):
+            return Synced(path, "", 0, 0, f"trained on {folder.facts['host']}, or died there: sync there, or resume it")
         if folder.facts["state"] == "running":
             _close(folder)
         total = _waiting(folder)
@@ -106,7 +108,7 @@ def _sync(path: Path, watch: Callable[[Path, int, int], None]) -> Synced:
 def _close(folder: RunFolder) -> None:
     """Say for a dead process how its run has ended, where it had begun; it can be gone on with."""
     if folder.spool.last:
-        folder.spool.append("end", status="KILLED")
+        folder.spool.append(END, status="KILLED")
     with suppress(OSError):  # no room: it is closed once more the next time
         folder.write(state="interrupted")
 
@@ -116,7 +118,7 @@ def _deliver(folder: RunFolder, count: Callable[[int], None]) -> Synced:
     lost, note = 0, ""
     try:
         door = MlflowDoor(_store_of(folder).uri)
-        _begin(folder, door)
+        ensure_begun(folder, door)
         courier = Courier(spool, door)
         try:
             courier.carry_all(count)
@@ -134,15 +136,20 @@ def _deliver(folder: RunFolder, count: Callable[[int], None]) -> Synced:
     return Synced(folder.path, spool.run_id, spool.last - waiting - before, waiting, note)
 
 
-def _begin(folder: RunFolder, door: MlflowDoor) -> None:
-    """Make or find the MLflow run where the entry that describes it is damaged, or names a run that has ended.
+def ensure_begun(folder: RunFolder, door: MlflowDoor) -> None:
+    """Make or find the MLflow run, also where the entry that describes it is damaged, or names a run that has ended.
 
     `mlflow run` ends the run that it has made for a training, whether or not that has ever reached it.
+
+    Raises:
+        TrackingError: it was deleted, may not be made, or was made for another training.
     """
     spool = folder.spool
+    if spool.run_id:
+        return door.look_for(spool.run_id)
     first = next(spool.read(), None)
-    if spool.run_id or first is None or (first.kind == BEGIN and not first.body["adopt"]):
-        return
+    if first is None:
+        return None
     if first.kind != BEGIN:
         name = str(folder.facts.get("name", folder.path.name))
         first = Entry(0, int(folder.facts["began"] * 1000), BEGIN, beginning(run_name=name, key=folder.key))
@@ -150,10 +157,10 @@ def _begin(folder: RunFolder, door: MlflowDoor) -> None:
     try:
         run_id = door.begin(first)
     except TrackingError:
-        if not first.body["adopt"]:
+        if not first.body["adopt"] or spool.last <= first.number:  # a run that begins now: a forgotten variable
             raise
         run_id = door.begin(replace(first, body=first.body | {"adopt": None}))
-    spool.set_position(Position(first.number, 0, run_id))
+    return spool.set_position(Position(first.number, 0, run_id))
 
 
 def _waiting(folder: RunFolder) -> int:

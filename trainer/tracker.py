@@ -15,7 +15,7 @@ from trainer import names
 from trainer.delivery import Delivery, Door
 from trainer.errors import Interrupted, TrainingStopped
 from trainer.redact import Redactor
-from trainer.spool import ARTIFACT, Entry, Spool
+from trainer.spool import ARTIFACT, END, Entry, Spool
 
 
 class Tracker:
@@ -115,6 +115,7 @@ class SpoolTracker(Tracker):
         self._measured: set[tuple[int, frozenset[str]]] = set()
         self._expect(spool.read(resumed_after), resumed_after)
         self._last_words: list[Callable[[], None]] = []
+        self._left_out: list[str] = []
         self.delivery = Delivery(spool, door, needed_from=lambda: self._needed_from)
 
     def _expect(self, entries: Iterable[Entry], last: int) -> None:
@@ -214,14 +215,22 @@ class SpoolTracker(Tracker):
 
     def text(self, content: str, artifact: str) -> None:
         """Store a text as an artifact."""
-        artifact = self._redactor.text(artifact)
-        kept = self._spool.keep_text(self._redactor.text(content), artifact)
-        self._append(ARTIFACT, kept=kept, name=artifact, folder=None)
+        name = self._redactor.text(artifact)
+        self._artifact(name, None, lambda: self._spool.keep_text(self._redactor.text(content), name))
 
     def file(self, path: Path, folder: str | None = None) -> None:
         """Store a file as an artifact."""
         name = self._redactor.text(path.name)
-        self._append(ARTIFACT, kept=self._spool.keep_file(path, name), name=name, folder=folder)
+        self._artifact(name, folder, lambda: self._spool.keep_file(path, name))
+
+    def _artifact(self, name: str, folder: str | None, keep: Callable[[], str]) -> None:
+        """Tell of an artifact; one for which there is no room is left out, and that is said: no run ends of it."""
+        try:
+            kept = keep()
+        except OSError as error:
+            self._left_out.append(f"{name} is not in MLflow: {error.strerror or error}")
+        else:
+            self._append(ARTIFACT, kept=kept, name=name, folder=folder)
 
     def dataset(self, name: str, digest: str, source: str, context: str) -> None:
         """Name a dataset that the run read; `context` is train, validation or out_of_domain."""
@@ -233,7 +242,8 @@ class SpoolTracker(Tracker):
 
     def notices(self) -> list[str]:
         """What there is to say about the delivery since the last call."""
-        return self.delivery.notices()
+        left_out, self._left_out = self._left_out, []
+        return [*left_out, *self.delivery.notices()]
 
     @property
     def waiting(self) -> int:
@@ -260,14 +270,16 @@ class SpoolTracker(Tracker):
             if status == "FAILED":
                 with suppress(OSError):
                     self.text("".join(traceback.format_exception(kind, error, trace)), names.ARTIFACT_TRACEBACK)
-        except Exception:
-            status = "FAILED"
+        except BaseException as cut:
+            status = status_after(cut)
             raise
         finally:  # whatever became of the last words and the artifact
-            self._append("end", status=status)
+            self._append(END, status=status)
             self._spool.sync()
             self.delivery.finish(self._close_seconds if error is None else min(self._close_seconds, 10.0))
             self._spool.close()
+            for line in self.notices():
+                sys.stderr.write(f"{line}\n")
             if error is not None and self.waiting:  # of a run that went well, its end says it
                 home = self._spool.folder.parent
                 sys.stderr.write(f"{self.waiting} entries are not delivered: python -m trainer sync {home}\n")

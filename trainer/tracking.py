@@ -98,6 +98,16 @@ class MlflowDoor:
         made = self.client.create_run(experiment_id, start_time=entry.time_ms, tags=body["tags"])
         return str(made.info.run_id)
 
+    def look_for(self, run_id: str) -> None:
+        """Look whether a run that was made before is still there.
+
+        Raises:
+            TrackingError: somebody has deleted it.
+        """
+        if self.client.get_run(run_id).info.lifecycle_stage != LifecycleStage.ACTIVE:
+            do = f"mlflow runs restore --run-id {run_id}, or start a new run with --resume never"
+            raise TrackingError(f"MLflow run {run_id}", "a run that was deleted", "one that is there", do)
+
     def hand_over(self, run_id: str, continued_in: str) -> None:
         """Close a run that `mlflow run` has made for a training that another run already holds."""
         self.client.set_tag(run_id, names.TAG_CONTINUED_IN, continued_in)
@@ -137,7 +147,7 @@ class MlflowDoor:
             case "artifact", {"kept": kept, "name": name, "folder": folder}:
                 if (path := spool.file(kept)).exists():  # else it was delivered, and the position was not
                     with tempfile.TemporaryDirectory() as aside:
-                        client.log_artifact(run_id, str(_named(path, Path(aside) / name)), folder)
+                        client.log_artifact(run_id, str(shutil.copy(path, Path(aside) / name)), folder)
             case "dataset", {"name": name, "digest": digest, "source": source, "context": context}:
                 entity = Dataset(name, digest, "local", json.dumps({"uri": source}))
                 client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
@@ -152,15 +162,6 @@ def _parts(together: list[Entry]) -> list[Entry]:
     first, values = together[0], together[0].body.get("values", {})
     parts = [replace(first, body=first.body | {"values": {key: value}}) for key, value in values.items()]
     return together if len(together) > 1 else parts if len(parts) > 1 else []
-
-
-def _named(path: Path, wanted: Path) -> Path:
-    """A file under the name that it shall have as an artifact."""
-    try:
-        os.link(path, wanted)
-    except OSError:  # another file system
-        shutil.copyfile(path, wanted)
-    return wanted
 
 
 def beginning(*, run_name: str, key: str, parent_run_id: str | None = None) -> dict[str, Any]:

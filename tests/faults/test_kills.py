@@ -65,8 +65,10 @@ def kill_and_resume(folder: Path, fault: dict[str, object], left_alone: Result) 
     if died.returncode == 0:
         return f"{fault['place']}: over before it came"
     assert died.returncode == -9, died.stderr
-    resumed = trained(folder)
-    assert resumed.returncode == 0, (fault, resumed.stderr)
+    (home,) = (path.parent for path in (folder / "output").glob("*/run.json"))
+    if json.loads((home / "run.json").read_text())["state"] != "over":  # else it died with nothing left to do
+        resumed = trained(folder)
+        assert resumed.returncode == 0, (fault, resumed.stderr)
     assert_same(result_of(folder, store), left_alone)
     shutil.rmtree(folder)
     return str(fault["place"])

@@ -1,5 +1,6 @@
 """Samples in batches: padded rows or one packed row, the micro-batches of a step, the batches of an evaluation."""
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property, partial
@@ -332,12 +333,19 @@ def _batches(samples: SampleSet, plan: Iterator[list[Draw]], workers: int, *, pa
         batch_sampler=plan,
         collate_fn=partial(_collated, pad_id=samples.encoder.pad_id, packed=packed),
         num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_trainer,
         generator=torch.Generator(),  # without its own it would draw from, and so shift, torch's global stream
     )
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """A signal to the whole group is the trainer's to fulfil; it ends its workers, and they end when it has died."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Careful(Dataset[Sample | DataError]):
