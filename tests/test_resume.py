@@ -21,6 +21,7 @@ from tests.running import ROOT, empty_store, environment, flags, runs_in, start_
 from trainer import names
 
 COMMAND = ["run", "last6_lora", "--seed", "3", *flags(SHORT)]
+A_WORKER = ["--data.dataloader_num_workers", "1"]
 
 
 def kept(*arguments: str, cwd: Path, store: str) -> subprocess.CompletedProcess[str]:
@@ -61,14 +62,14 @@ def left_alone(tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
-    """Asked to end while it takes its fourth step."""
+    """Asked to end while it takes its fourth step, with the whole of its process group, a loader process too."""
     folder = tmp_path_factory.mktemp("ended")
     store = empty_store(folder)
-    process = start_trainer(*COMMAND, cwd=folder, store=store)
+    process = start_trainer(*COMMAND, *A_WORKER, cwd=folder, store=store)
     try:
         wait_for(process, "step 3/6")
         asked = time.monotonic()
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
         _, rest = process.communicate(timeout=60)
         seconds = time.monotonic() - asked
     finally:
@@ -93,6 +94,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_resume_point(interrupted: I
     assert (interrupted.status, run.info.status) == (143, "KILLED")
     assert interrupted.seconds < 30
     assert "a resume point is written; the same command goes on from there" in interrupted.stderr
+    assert interrupted.stderr.count("stopping after this optimizer step") == 1
     steps = [step for step, _ in MlflowClientRows(interrupted).of(names.TRAIN_LOSS)]
     assert (interrupted.home / "resume" / f"step-{steps[-1]}").is_dir()
 
@@ -110,8 +112,8 @@ class MlflowClientRows:
 
 
 def test_the_same_command_ends_the_same_run_bit_identical(interrupted: Interrupted, left_alone: Result) -> None:
-    """One run in MLflow, which says where it was taken up again."""
-    done = kept(*COMMAND, cwd=interrupted.folder, store=interrupted.store)
+    """One run in MLflow, which says where it was taken up again. The number of loader processes changes nothing."""
+    done = kept(*COMMAND, *A_WORKER, cwd=interrupted.folder, store=interrupted.store)
     assert done.returncode == 0, done.stderr
     assert f"going on with {interrupted.home.relative_to(interrupted.folder)}, after optimizer step" in done.stderr
     result = result_of(interrupted.folder, interrupted.store)

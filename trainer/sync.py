@@ -118,7 +118,9 @@ def _deliver(folder: RunFolder, count: Callable[[int], None]) -> Synced:
     lost, note = 0, ""
     try:
         door = MlflowDoor(_store_of(folder).uri)
+        number = spool.position.number
         ensure_begun(folder, door)
+        count(spool.position.number - number)
         courier = Courier(spool, door)
         try:
             courier.carry_all(count)

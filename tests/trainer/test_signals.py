@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.running import ROOT, environment
+from trainer.errors import Interrupted
 from trainer.signals import SAME_WISH_SECONDS, Signals
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
@@ -38,8 +39,8 @@ def send(*numbers: int) -> None:
 def test_in_training_a_signal_asks_for_the_end_and_says_so(
     signals: Signals, number: int, status: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The step goes on; the exit status will be the signal's."""
-    with signals.in_training():
+    """The step goes on; the exit status will be the signal's. Where training ends before it has looked, it ends so."""
+    with pytest.raises(Interrupted), signals.in_training():
         send(number)
     assert signals.stop and not signals.save and signals.status == status
     assert "stopping after this optimizer step" in capfd.readouterr().err
@@ -57,14 +58,14 @@ def test_before_and_after_training_a_signal_ends_at_once(
 @pytest.mark.parametrize("others", [[TERM], [TERM, TERM]])
 def test_what_mlflow_sends_along_with_ctrl_c_is_the_same_wish(signals: Signals, others: list[int]) -> None:
     """Within five seconds."""
-    with signals.in_training():
+    with pytest.raises(Interrupted), signals.in_training():
         send(INT, *others)
     assert signals.status == 130
 
 
 def test_a_second_ctrl_c_ends_at_once(signals: Signals) -> None:
     """By hand it is another wish, however soon it comes."""
-    with signals.in_training():
+    with pytest.raises(Interrupted), signals.in_training():
         send(INT)
         with pytest.raises(KeyboardInterrupt):
             send(INT)
@@ -73,7 +74,7 @@ def test_a_second_ctrl_c_ends_at_once(signals: Signals) -> None:
 def test_a_scheduler_may_repeat_itself(signals: Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM again and again, also later, asks for the same end."""
     now = time.monotonic()
-    with signals.in_training():
+    with pytest.raises(Interrupted), signals.in_training():
         send(TERM)
         monkeypatch.setattr("trainer.signals.time.monotonic", lambda: now + 2 * SAME_WISH_SECONDS)
         send(TERM)
@@ -83,7 +84,7 @@ def test_a_scheduler_may_repeat_itself(signals: Signals, monkeypatch: pytest.Mon
 def test_on_a_rank_ctrl_c_of_terminal_and_launcher_is_one(monkeypatch: pytest.MonkeyPatch, signals: Signals) -> None:
     """The terminal sends it to all, and the launcher passes its own on."""
     signals.install(is_rank=True)
-    with signals.in_training():
+    with pytest.raises(Interrupted), signals.in_training():
         send(INT, INT)
     assert signals.stop
 

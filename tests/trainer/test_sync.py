@@ -270,7 +270,7 @@ def test_a_run_that_somebody_has_deleted_waits_until_it_is_restored(store: str) 
     folder.spool.append("metrics", step=6, values={names.TRAIN_LOSS: 2.0})
     folder.release()
     done = said(OUTPUT)
-    assert done.exit_code == 1 and "1 left" in done.stdout and "active" in done.stdout
+    assert done.exit_code == 1 and "1 left" in done.stdout and "was deleted" in done.stdout
     assert runs_in(store) == []
     MlflowClient(store).restore_run(run_id)
     assert said(OUTPUT).exit_code == 0

@@ -293,13 +293,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_stops_no_row(small_disk: Path) -> None:
-    """What cannot be written is held; only a file that cannot be kept is an error."""
+    """What cannot be written is held; a file that cannot be kept is left out, and that is said."""
     spool = Spool(small_disk / "spool")
-    with pytest.raises(OSError, match="No space"), tracker(spool) as run:
+    with tracker(spool) as run:
         for step in range(2000):
             run.metrics({LOSS: step / 3}, step)
         assert spool.trouble is not None
         run.sync()
         run.text("x" * 10_000, "a.txt")
+        assert "a.txt is not in MLflow: No space left on device" in run.notices()
     (last,) = [entry for entry in spool.held() if entry.kind == "end"]
-    assert last.body["status"] == "FAILED"
+    assert last.body["status"] == "FINISHED"
