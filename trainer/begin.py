@@ -77,19 +77,19 @@ class Begun:
             return
         nothing_begun = self.folder.spool.last == 0
         by_itself = isinstance(error, TrainingStopped) and not isinstance(error, Diverged)
-        with suppress(OSError):
-            if nothing_begun or _last_word(self.folder.spool) == END:
+        # A run that ends before anybody could tell is left for the next command, as one whose process died.
+        if nothing_begun or _last_word(self.folder.spool) == END:
+            with suppress(OSError):
                 self.folder.write(state="over" if error is None else "stopped" if by_itself else "interrupted")
-            # else it ended before anybody could tell: the next command closes it, as it does one whose process died
-            if error is None:
-                forget_points(self.path)
+                if error is None:
+                    forget_points(self.path)
         self.folder.release()
         if nothing_begun and not self.resumed:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _last_word(spool: Spool) -> str:
-    """Whether the last thing that was told of a run's life is that it began, went on, or ended."""
+    """What was told last of a run's life: that it began, went on, or ended."""
     return next((kind for kind in reversed([e.kind for e in spool.read()]) if kind in (BEGIN, AGAIN, END)), "")
 
 
@@ -147,13 +147,7 @@ def _again(wanted: Path, identity: Identity, asked: Asked) -> Begun:
         before = {key: folder.facts["params"].get(key) for key in identity.layout()}
         layout = {key: (old, new) for key, new in identity.layout().items() if (old := before[key]) != new}
         changed = bool(drift or layout)
-        if layout:
-            reordered = ", ".join(f"{key} from {old} to {new}" for key, (old, new) in layout.items())
-            lines.append(f"{reordered}: sums are made in another order; numbers agree to rounding, not to the bit")
-        made_with = provenance.made_with()
-        for what, value in made_with.items():
-            if folder.facts.get("made_with", made_with).get(what) != value:
-                lines.append(f"the run was begun with {what} {folder.facts['made_with'].get(what)}, this is {value}")
+        lines += _inexact(folder, layout)
         at = f"after optimizer step {point.position.seen.step}" if point else "at its beginning: it has no resume point"
         lines.append(f"going on with {folder.path}, {at}")
         if point is not None:
@@ -170,6 +164,17 @@ def _again(wanted: Path, identity: Identity, asked: Asked) -> Begun:
     except BaseException:
         folder.release()
         raise
+
+
+def _inexact(folder: RunFolder, layout: Mapping[str, tuple[str, str]]) -> Iterator[str]:
+    """A line for everything, beside the configuration, of which the last bit of a number may depend."""
+    if layout:
+        changed = ", ".join(f"{key} from {old} to {new}" for key, (old, new) in layout.items())
+        yield f"{changed}: sums are made in another order; numbers agree to rounding, not to the bit"
+    before = folder.facts.get("made_with", {})
+    for what, value in provenance.made_with().items():
+        if before.get(what, value) != value:
+            yield f"the run was begun with {what} {before[what]}, this is {value}"
 
 
 def _position(point: Point, asked: Asked) -> Position:
