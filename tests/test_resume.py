@@ -55,7 +55,7 @@ def left_alone(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """The run that nothing happens to."""
     folder = tmp_path_factory.mktemp("alone")
     store = empty_store(folder)
-    done = kept(*COMMAND, cwd=folder, store=store)
+    done = kept(*COMMAND, *A_WORKER, cwd=folder, store=store)
     assert done.returncode == 0, done.stderr
     return result_of(folder, store)
 
@@ -113,7 +113,7 @@ class MlflowClientRows:
 
 def test_the_same_command_ends_the_same_run_bit_identical(interrupted: Interrupted, left_alone: Result) -> None:
     """One run in MLflow, which says where it was taken up again. The number of loader processes changes nothing."""
-    done = kept(*COMMAND, *A_WORKER, cwd=interrupted.folder, store=interrupted.store)
+    done = kept(*COMMAND, cwd=interrupted.folder, store=interrupted.store)
     assert done.returncode == 0, done.stderr
     assert f"going on with {interrupted.home.relative_to(interrupted.folder)}, after optimizer step" in done.stderr
     result = result_of(interrupted.folder, interrupted.store)
