@@ -8,10 +8,9 @@ from urllib.parse import unquote, urlsplit
 
 from trainer import names
 from trainer.errors import TrackingError
+from trainer.redact import HIDDEN_KEYS
 
-_SECRET = re.compile(
-    r"(?i)([?&][^=&]*(?:pass|pwd|token|secret|signature|credential|api_?key|odbc_connect)[^=&]*=)[^&#]*"
-)
+_SECRET = re.compile(rf"(?i)([?&][^=&]*(?:{HIDDEN_KEYS})[^=&]*=)[^&#]*")
 _DATABASE_USER = re.compile(r"(?<=://)[^/:@?]*:[^?]*@")
 """SQLAlchemy takes a password with a slash in it, which is no part of a host elsewhere."""
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from trainer import durable
 from trainer.errors import ConfigError
 from trainer.events import CheckpointSaved, SaveFailed, Seen
 
@@ -140,7 +140,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None], facts: Mapping[str,
         }
         (aside / MANIFEST).write_text(json.dumps({**facts, "files": digests}, indent=1) + "\n", encoding="utf-8")
         for path in (*files, aside / MANIFEST, *(p for p in aside.rglob("*") if p.is_dir()), aside):
-            _sync(path)
+            durable.sync(path)
         verify(aside)
     except BadCheckpoint as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -152,7 +152,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None], facts: Mapping[str,
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     aside.rename(folder)
-    _sync(folder.parent)
+    durable.sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -211,12 +211,3 @@ def file_sha256(path: Path) -> str:
 
 def _beside(folder: Path, ending: str) -> Path:
     return folder.with_name(folder.name + ending)
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -48,7 +48,7 @@ class Courier:
     @property
     def number(self) -> int:
         """Up to this entry everything is delivered."""
-        return min(self._position.number, self._position.files)
+        return self._position.delivered
 
     def carry_all(self, watch: Callable[[int], None] = lambda _: None) -> None:
         """Deliver everything; `watch` gets how many entries went each time.

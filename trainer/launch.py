@@ -17,6 +17,7 @@ from trainer.signals import pass_on
 
 _STARTED_AS_RANK = "LOCAL_RANK" in os.environ  # at the start: `_alone` makes a lone process a rank of one
 _LOCK_SECONDS = 600.0
+"""Age at which a lock is nobody's any more: the process that compiled was killed."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,19 @@ DIGEST_LENGTH = 32
 """Hex characters; MLflow allows a dataset digest 36."""
 
 
-def code_version(folder: Path | None = None) -> str:
+@cache
+def code_version() -> str:
+    """The version of the code that this process runs (see `version_in`), looked up once: git takes its time."""
+    return version_in(Path(__file__).resolve().parents[1])
+
+
+def version_in(folder: Path) -> str:
     """The commit of the checkout that holds this package, `-dirty` when files differ from it; else the version.
 
     Args:
-        folder: the checkout; by default the one around this file. A repository that merely lies around an installed
-            package, whose files it does not track, is none.
+        folder: the checkout. A repository that merely lies around an installed package, whose files it does not track,
+            is none.
     """
-    folder = folder or Path(__file__).resolve().parents[1]
     try:
         _git(folder, "ls-files", "--error-unmatch", "trainer/provenance.py")
         commit = _git(folder, "rev-parse", "HEAD")

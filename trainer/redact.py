@@ -15,9 +15,9 @@ _SECRET_NAME = re.compile(
 )
 _USER_AND_PASSWORD = re.compile(r"(?<=://)(?:[^/\s'\"]+|[^/@\s'\"]*:(?!\d+/)[^@\s'\"]*)(?=@)")
 """Of an address; a password may hold a slash, which the port before a path is told from, and an @."""
-_SECRET_QUERY = re.compile(
-    r"(?i)([?&][\w.-]*(?:pass|pwd|token|secret|signature|credential|api_?key|odbc_connect)[\w.-]*=)([^&\s'\"]+)"
-)
+HIDDEN_KEYS = "pass|pwd|token|secret|signature|credential|api_?key|odbc_connect"
+"""Alternatives of a regular expression: what is in the query of an address is secret where its key holds one."""
+_SECRET_QUERY = re.compile(rf"(?i)([?&][\w.-]*(?:{HIDDEN_KEYS})[\w.-]*=)([^&\s'\"]+)")
 _TOKEN_SHAPES = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|"
     r"sk-[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})"

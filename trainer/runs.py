@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer import durable
 from trainer.errors import ConfigError
 from trainer.spool import Spool
 
@@ -263,10 +264,8 @@ def _let_go(path: Path, lock: int) -> None:
 def _write_facts(path: Path, facts: Mapping[str, Any]) -> None:
     aside = path / f"{RUN_FILE}.writing"
     try:
-        with aside.open("w", encoding="utf-8") as handle:
-            handle.write(json.dumps(facts, indent=1) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        aside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        durable.sync(aside)
         aside.replace(path / RUN_FILE)
     except OSError:
         aside.unlink(missing_ok=True)

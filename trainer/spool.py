@@ -20,6 +20,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from trainer import durable
+
 SEGMENT_BYTES = 2**17
 """A segment that has grown beyond this is closed, and the next line begins another."""
 BEGIN, AGAIN, END, ARTIFACT = "begin", "again", "end", "artifact"
@@ -57,6 +59,11 @@ class Position:
     """The last one of artifacts, or one after which there was none."""
     run_id: str = ""
     """The MLflow run; empty where it has not been made yet."""
+
+    @property
+    def delivered(self) -> int:
+        """Up to this entry everything is delivered, artifacts too."""
+        return min(self.number, self.files)
 
 
 def entry_of(line: bytes) -> Entry | None:
@@ -139,7 +146,7 @@ class Spool:
         try:
             write(kept)
             for path in (kept, kept.parent):  # else a power cut could leave its entry without it
-                _sync(path)
+                durable.sync(path)
         except OSError:
             kept.unlink(missing_ok=True)
             raise
@@ -204,8 +211,7 @@ class Spool:
         The one that is written to stays, and the first one, which says what run it is: without it, nothing could be
         delivered any more where the position is lost.
         """
-        delivered = self.position
-        upto = min(upto, delivered.number, delivered.files)
+        upto = min(upto, self.position.delivered)
         for (_, path), (following, _) in pairwise(self._segments()[1:]):
             if following <= upto + 1:
                 path.unlink(missing_ok=True)
@@ -280,7 +286,7 @@ class Spool:
             if self._size <= SEGMENT_BYTES and (segments := self._segments()):
                 path = segments[-1][1]
             self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            _sync(self.folder)
+            durable.sync(self.folder)
         self._size = os.fstat(self._handle).st_size
         return self._handle
 
@@ -302,12 +308,3 @@ class Spool:
                 break
         delivered = self.position
         self.last = max(self.last, delivered.number, delivered.files)  # a power cut may have taken delivered lines
-
-
-def _sync(path: Path) -> None:
-    """Make a file's content, or what names a folder has, survive a machine that loses power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

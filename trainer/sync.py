@@ -166,8 +166,7 @@ def ensure_begun(folder: RunFolder, door: MlflowDoor) -> None:
 
 
 def _waiting(folder: RunFolder) -> int:
-    position = folder.spool.position
-    return folder.spool.last - min(position.number, position.files)
+    return folder.spool.last - folder.spool.position.delivered
 
 
 def _store_of(folder: RunFolder) -> Store:

@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, PERMISSION_DENIED, RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.store.db.utils import create_sqlalchemy_engine
 from mlflow.tracking.context.registry import resolve_tags
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
 from sqlalchemy import inspect
 from sqlalchemy.exc import SQLAlchemyError
@@ -31,7 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from trainer import names
 from trainer.addresses import Store, sqlite_file, tracking_uri, without_credentials, without_password
 from trainer.errors import TrackingError, UserError, reason_of
-from trainer.spool import Entry, Spool
+from trainer.spool import BEGIN, Entry, Spool
 
 _PARAM_LENGTH = 6000  # MLflow's own limit; whether it cuts or refuses what is longer is a setting of its user
 _SHORT_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}  # seconds
@@ -114,7 +114,7 @@ class MlflowDoor:
         self.client.set_terminated(run_id, "FINISHED")
 
     def _deliver(self, together: list[Entry], spool: Spool, run_id: str) -> str:
-        if together[0].kind == "begin":
+        if together[0].kind == BEGIN:
             return self.begin(together[0])
         try:
             self._take(together, spool, run_id)
@@ -233,7 +233,7 @@ def abandon(error: BaseException, status: str) -> None:
         if not RunStatus.is_terminated(RunStatus.from_string(client.get_run(run_id).info.status)):
             if names.TAG_STRATEGY not in client.get_run(run_id).data.tags:  # else a rank died that had described it
                 note = f"Ended before training: {type(error).__name__}\n```\n{error}\n```"
-                client.set_tag(run_id, MLFLOW_RUN_NOTE, note)
+                client.set_tag(run_id, names.TAG_NOTE, note)
             client.set_terminated(run_id, status)
 
 

@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from tests.running import empty_store, runs_in, without_mlflow_variables
+from tests.running import runs_in
 from trainer import names
 from trainer.begin import AUTO, NEVER, Asked, Begun, begin, open_tracker
 from trainer.checkpoint import write_folder
@@ -20,16 +19,6 @@ from trainer.position import Position, Progress
 from trainer.runs import RUN_FILE, Identity, read_facts
 from trainer.sync import close_dead
 from trainer.tracking import reach_store
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An empty store, named by the environment."""
-    with without_mlflow_variables():
-        uri = empty_store(tmp_path)
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        yield uri
 
 
 def identity(store: str, **params: str) -> Identity:

@@ -10,7 +10,7 @@ import pytest
 
 from trainer import provenance
 from trainer.model import POCKET
-from trainer.provenance import base_digest, code_version, environment, files_digest, text_digest
+from trainer.provenance import base_digest, environment, files_digest, text_digest, version_in
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,11 +38,11 @@ def test_the_code_version_is_the_commit_and_says_when_files_differ(checkout: Pat
     """Clean, changed, committed again; untracked files do not count."""
     first = git(checkout, "rev-parse", "HEAD")
     (checkout / "untracked.txt").write_text("x")
-    assert code_version(checkout) == first
+    assert version_in(checkout) == first
     (checkout / "trainer" / "provenance.py").write_text("changed")
-    assert code_version(checkout) == first + "-dirty"
+    assert version_in(checkout) == first + "-dirty"
     git(checkout, "commit", "-q", "-a", "-m", "second")
-    assert code_version(checkout) == git(checkout, "rev-parse", "HEAD") != first
+    assert version_in(checkout) == git(checkout, "rev-parse", "HEAD") != first
 
 
 def test_a_repository_that_merely_lies_around_is_not_named(checkout: Path) -> None:
@@ -50,21 +50,21 @@ def test_a_repository_that_merely_lies_around_is_not_named(checkout: Path) -> No
     installed = checkout / ".venv" / "site-packages"
     (installed / "trainer").mkdir(parents=True)
     shutil.copy(ROOT / "trainer" / "provenance.py", installed / "trainer")
-    assert code_version(installed) == provenance.metadata.version("vision-tower-experiments")
+    assert version_in(installed) == provenance.metadata.version("vision-tower-experiments")
 
 
 def test_without_git_the_version_is_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No repository, no git at all, and not even installed."""
     version = provenance.metadata.version("vision-tower-experiments")
-    assert code_version(tmp_path) == version
+    assert version_in(tmp_path) == version
     monkeypatch.setenv("PATH", "")
-    assert code_version(ROOT) == version
+    assert version_in(ROOT) == version
 
     def missing(name: str) -> str:
         raise provenance.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(provenance.metadata, "version", missing)
-    assert code_version(tmp_path) == "unknown"
+    assert version_in(tmp_path) == "unknown"
 
 
 def test_a_digest_follows_content_and_order_not_names(tmp_path: Path) -> None:

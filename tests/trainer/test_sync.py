@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from tests.running import empty_store, runs_in, without_mlflow_variables
+from tests.running import empty_store, runs_in
 from trainer import names
 from trainer import sync as sync_module
 from trainer.runs import RUN_FILE, Identity, RunFolder, held, new_run
@@ -21,22 +20,7 @@ from trainer.sync import STILL_TRAINING, close_dead, sync
 from trainer.sync_command import sync as command
 from trainer.tracking import MlflowDoor, beginning
 
-
-@pytest.fixture(autouse=True)
-def _own_variables() -> Iterator[None]:
-    """Each test starts without MLflow's variables and leaves none behind."""
-    with without_mlflow_variables():
-        yield
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty store, in the environment; artifacts land in `tmp_path`."""
-    uri = empty_store(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    return uri
-
+pytestmark = pytest.mark.usefixtures("own_variables")
 
 OUTPUT = Path("output")
 AWAY = "http://127.0.0.1:9"

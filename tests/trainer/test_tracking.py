@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -12,28 +11,14 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from tests.running import ROOT, empty_store, environment, open_run, runs_in, without_mlflow_variables
+from tests.running import ROOT, empty_store, environment, open_run, runs_in
 from trainer import names
 from trainer.errors import TrackingError
 from trainer.tracking import abandon
 
+pytestmark = pytest.mark.usefixtures("own_variables")
+
 OURS = names.EXPERIMENT
-
-
-@pytest.fixture(autouse=True)
-def _own_variables() -> Iterator[None]:
-    """Each test starts without MLflow's variables and leaves none behind."""
-    with without_mlflow_variables():
-        yield
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty store, named by the environment as a user would; artifacts land in `tmp_path`."""
-    uri = empty_store(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    return uri
 
 
 def only_run(store: str, experiment: str = OURS) -> Run:

@@ -11,19 +11,14 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from tests.running import empty_store, mlflow_server, open_run, without_mlflow_variables
+from tests.running import empty_store, mlflow_server, open_run
 from trainer import names, tracking
 from trainer.addresses import tracking_uri, without_password
 from trainer.errors import TrackingError
 from trainer.tracker import Tracker
 from trainer.tracking import reach_store
 
-
-@pytest.fixture(autouse=True)
-def _own_variables() -> Iterator[None]:
-    """Each test starts without MLflow's variables and leaves none behind."""
-    with without_mlflow_variables():
-        yield
+pytestmark = pytest.mark.usefixtures("own_variables")
 
 
 # --- stores that cannot be used ----------------------------------------------------------------------------------
