@@ -22,9 +22,10 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from measured import LEFT_OUT, Job, Watch, ask, tell
+from measured import Job, ask, tell
 from ours import batches, parts_of
 from plain_trainer import make_trainer
+from stopwatch import LEFT_OUT, Watch
 from throughput import ARMS, BASELINE, VARIANTS, save
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from measured import CLIP, EVAL_BATCH, LEFT_OUT, MICRO_BATCH, RATE, SEED, Job, Watch, indices, tell
+from measured import CLIP, EVAL_BATCH, MICRO_BATCH, RATE, SEED, Job, indices, tell
+from stopwatch import LEFT_OUT, Watch
 from workload import Workload, ready
 
 from trainer import build, launch

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured import CLIP, EVAL_BATCH, LEFT_OUT, MICRO_BATCH, RATE, SAMPLES_A_STEP, SEED, Job, Watch, tell
+from measured import CLIP, EVAL_BATCH, MICRO_BATCH, RATE, SAMPLES_A_STEP, SEED, Job, tell
 from ours import plan_of
+from probe import IGNORED, Probe
+from stopwatch import LEFT_OUT, Watch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, SequentialSampler, Subset
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import Qwen3VLForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
+from transformers import Qwen3VLForConditionalGeneration, Trainer, TrainingArguments
 from workload import Workload, ready
 
 from trainer.data.template import Sample
 from trainer.model import apply_plan
-
-IGNORED = -100  # label of a token without loss
 
 
 class Rows(Dataset[Sample]):
@@ -65,36 +65,10 @@ class Collator:
 
 
 class InOrder(Trainer):
-    """Takes the samples in their order, and counts what it takes."""
-
-    taken: tuple[int, int] = (0, 0)
+    """Takes the samples in their order."""
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; samples and supervised tokens of the step are in `taken`."""
-        found = super().get_batch_samples(*args, **kwargs)
-        samples = sum(len(batch["image_grid_thw"]) for batch in found[0])
-        self.taken = samples, sum(int((batch["labels"] != IGNORED).sum()) for batch in found[0])
-        return found
-
-
-class Told(TrainerCallback):
-    """Passes steps and losses on to the stopwatch."""
-
-    def __init__(self, watch: Watch) -> None:
-        """Not yet beside a trainer."""
-        self.watch, self.trainer = watch, None
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """After the update."""
-        self.watch.step(*self.trainer.taken)
-
-    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        """Every step."""
-        if "loss" in logs:
-            self.watch.losses.append(logs["loss"])
 
 
 def make_trainer(job: Job, workload: Workload, folder: str, watch: Watch) -> InOrder:
@@ -102,7 +76,6 @@ def make_trainer(job: Job, workload: Workload, folder: str, watch: Watch) -> InO
     base = Qwen3VLForConditionalGeneration.from_pretrained(
         workload.model, dtype=torch.float32, attn_implementation="sdpa"
     )
-    told = Told(watch)
     trainer = InOrder(
         model=apply_plan(base, plan_of(job, str(workload.model)), seed=SEED),
         args=TrainingArguments(
@@ -129,10 +102,9 @@ def make_trainer(job: Job, workload: Workload, folder: str, watch: Watch) -> InO
         ),
         train_dataset=Rows(workload),
         data_collator=Collator(workload.pad_id),
-        callbacks=[told],
     )
     trainer.model_accepts_loss_kwargs = True  # Qwen3-VL says no and takes them: else micro-batches weigh the same
-    told.trainer = trainer
+    Probe(trainer, watch)
     return trainer
 
 

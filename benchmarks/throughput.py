@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from machine import facts, gemm_rates
-from measured import Job, Measured, Switches, ask
+from measured import Job, Switches, ask
 from rich.progress import track
+from stopwatch import Measured
 
 RESULTS = Path(__file__).parent / "results" / "performance"
 DISTURBED, TRIES = 0.03, 4
