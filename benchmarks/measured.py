@@ -31,6 +31,10 @@ class Switches:
     """All of a rank's samples of a step in one micro-batch."""
     onednn: bool = False
     """The fused path's products by oneDNN where that is faster than MKL."""
+    native: bool = False
+    """The fused path's small operations by compiled kernels."""
+    seen: bool = False
+    """The fused path keeps what frozen vision blocks make of images, and has seen all before the clock runs."""
     ranks: int = 1
     """Processes that share the cores and the samples of a step."""
 

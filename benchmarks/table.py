@@ -49,8 +49,9 @@ def each(result: Result) -> str:
         on = result["switches"]
         for name in (n.removeprefix("alone: ") for n in rates if n.startswith("alone: ")):
             before = _beside(on, name)
-            gain, loss = rates[f"alone: {name}"] / rates[before], rates["all"] / rates[f"without: {name}"]
-            rows.append([arm, name, f"{gain:.2f}", before.removeprefix("alone: "), f"{loss:.2f}"])
+            gain, without = rates[f"alone: {name}"] / rates[before], rates.get(f"without: {name}")
+            loss = f"{rates['all'] / without:.2f}" if without else ""
+            rows.append([arm, name, f"{gain:.2f}", before.removeprefix("alone: "), loss])
         rows.append([arm, "all", f"{rates['all'] / rates['plain']:.2f}", "plain", ""])
     return f"{_machine(result)}\n\n" + _markdown(
         ("arm", "optimization", "gain alone", "beside", "all : all without it"), rows, left=2
