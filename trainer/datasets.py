@@ -1,12 +1,12 @@
 """The records of one run, read, checked and ready to be encoded; and the sets that are evaluated again and again."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from trainer.cache import cache_folder
 from trainer.config.schema import Config
 from trainer.data import loader
 from trainer.data.augment import Chain, Rules, Step
@@ -45,11 +45,6 @@ def spread(records: Sequence[T], count: int | None) -> tuple[T, ...]:
     """`count` records evenly spread over a file, the same for every seed and arm; all of them where there are fewer."""
     count = len(records) if count is None else min(count, len(records))
     return tuple(records[i * len(records) // count] for i in range(count))
-
-
-def cache_folder() -> Path:
-    """Where the built-in data is kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vision-tower-experiments"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +150,7 @@ def chain_from(config: Config) -> Chain | None:
         keep_lost=asked.mode == "published_noisy",
     )
     steps = tuple(Step(op.name, op.params.prob, op.params.model_dump(exclude={"prob"})) for op in asked.ops)
-    return Chain(steps, rules, config.training.seed, asked.bypass_prob)
+    return Chain(steps, rules, config.training.seed, asked.bypass_prob, asked.bank)
 
 
 def unknown_mark(config: Config, data: Data) -> tuple[str, ...]:

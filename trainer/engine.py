@@ -15,7 +15,7 @@ from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
 from trainer.data.loader import Batch
-from trainer.model import SupervisedLoss, TrainedTensor
+from trainer.model import TrainedTensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW remembers of every tensor: running means of its gradient and of the gradient's square."""
@@ -27,7 +27,7 @@ class Engine:
     def __init__(
         self,
         accelerator: Accelerator,
-        loss: SupervisedLoss,
+        loss: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         trained: Sequence[TrainedTensor],
         *,

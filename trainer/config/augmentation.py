@@ -4,7 +4,7 @@ from typing import Annotated, Any, Generic, Literal, TypeGuard, TypeVar, get_arg
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from trainer.config.fields import CountOrZero, Impossible, Section, Share
+from trainer.config.fields import Count, CountOrZero, Impossible, Section, Share
 
 Mode = Literal["off", "clean", "published_noisy"]
 """Not at all; labels follow the pixels; the fault of the published runs: labels stay when what they name has left."""
@@ -267,6 +267,9 @@ class Augmentation(Section):
     of what left the view stay at the edge, as in the published runs."""
     bypass_prob: Share = 0.0
     """Share of training samples left as they are."""
+    bank: Count | None = None
+    """Different changes of each sample, of which epochs take turns, so that image features can be kept; null: every
+    epoch draws anew."""
     turned_boxes: Literal["quad", "bbox_2d"] = "quad"
     """What a box becomes by a rotation: its four corners, or the upright box around them."""
     min_coverage: Share = 0.3

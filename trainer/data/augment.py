@@ -265,6 +265,8 @@ class Chain:
     seed: int
     bypass_prob: float = 0.0
     """Share of records left as they are."""
+    bank: int | None = None
+    """Different changes of each record; epochs take turns with them. None: every epoch has its own."""
 
     def change(self, record: Record, *, epoch: int, copy: int = 0) -> Record:
         """The record as it is shown in an epoch; no pixel is read.
@@ -284,8 +286,9 @@ class Chain:
         labels = tuple(Label(n, each, outline(each.geometry)) for n, each in enumerate(record.objects))
         start = Warp.of(record.size)
         view = View(start, labels, self.rules)
+        turn = epoch % self.bank if self.bank else epoch
         for place, step in enumerate((Step("bypass", self.bypass_prob), *self.steps)):
-            own = derived_seed(self.seed, "augmentation", epoch, copy, record.id, place)
+            own = derived_seed(self.seed, "augmentation", turn, copy, record.id, place)
             if own >= step.prob * 2**63:  # a generator of its own costs ten times as much as this
                 continue
             if step.name == "bypass":
