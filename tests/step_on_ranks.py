@@ -1,6 +1,8 @@
 """One optimizer step of the tiny model on this rank of several; run by test_ranks under torch's launcher.
 
 python -m torch.distributed.run --nproc-per-node 2 -m tests.step_on_ranks FOLDER plain|zero float32|bfloat16 DROPOUT
+
+With `fused` behind it, in the fused pass.
 """
 
 import json
@@ -18,6 +20,7 @@ from trainer.data.loader import Batch, collate
 from trainer.data.packing import Fixed, StepPlan
 from trainer.engine import Engine
 from trainer.events import Seen
+from trainer.fused.forward import FusedLoss
 from trainer.gate import Gate
 from trainer.loop import Parts, train_step
 from trainer.model import SupervisedLoss, apply_plan, trained_tensors
@@ -29,7 +32,9 @@ RATE = 1e-5
 CLIP = 0.5
 
 
-def take(folder: Path, kind: str, dtype: str, dropout: float, *, ranks: int = 1, accumulation: int = 2) -> None:
+def take(
+    folder: Path, kind: str, dtype: str, dropout: float, *, fused: bool = False, ranks: int = 1, accumulation: int = 2
+) -> None:
     """Train one step on five samples in packs of two or so; the first rank writes what came out.
 
     `step.json`: loss, norms, counts. `step.safetensors`: every gradient before clipping, every update.
@@ -44,7 +49,7 @@ def take(folder: Path, kind: str, dtype: str, dropout: float, *, ranks: int = 1,
     before = {t.name: t.parameter.detach().clone() for t in trained}
     n_trained = sum(t.parameter.numel() for t in trained)
     accelerator = launch.join(ranks, (lambda: _zero(n_trained)) if kind == "zero" else None)
-    loss = SupervisedLoss(model, bf16=dtype == "bfloat16")
+    loss = (FusedLoss if fused else SupervisedLoss)(model, bf16=dtype == "bfloat16")
     make: Any = Engine
     if kind == "zero":
         from trainer.zero2 import ZeroEngine as make
@@ -90,5 +95,13 @@ if __name__ == "__main__":
     import os
 
     count = int(os.environ["WORLD_SIZE"])
-    take(Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4]), ranks=count, accumulation=4 // count)
+    take(
+        Path(sys.argv[1]),
+        sys.argv[2],
+        sys.argv[3],
+        float(sys.argv[4]),
+        fused="fused" in sys.argv,
+        ranks=count,
+        accumulation=4 // count,
+    )
     launch.end(0)

@@ -28,6 +28,7 @@ from trainer.data.loader import Batch, collate
 from trainer.data.template import Sample, mrope_positions
 from trainer.fused.choice import ForwardPass
 from trainer.fused.forward import FusedLoss
+from trainer.fused.layers import DecoderLayer, VisionBlock
 from trainer.model import SupervisedLoss, load_tools, trained_tensors
 from trainer.strategy import Part
 
@@ -177,34 +178,35 @@ def test_whatever_else_trains(changes: str) -> None:
 PARTS: list[Collection[Part]] = [(), (Part.VISION,), (Part.LLM,), (Part.VISION, Part.LLM)]
 
 
-def counted(layers: list[Any]) -> list[int]:
-    """Grows by one whenever one of the layers runs."""
-    runs: list[int] = []
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """The class of every layer that runs, one after the other."""
+    found: list[type] = []
 
-    def watched(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(kind: type, plain: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            runs.append(1)
+            found.append(kind)
             return plain(*args)
 
         return run
 
-    for layer in layers:
-        layer.until_wide = watched(layer.until_wide)
-    return runs
+    for kind in (VisionBlock, DecoderLayer):
+        monkeypatch.setattr(kind, "until_wide", watched(kind, kind.until_wide))
+    return found
 
 
 @pytest.mark.parametrize(("name", "passing"), [("last6_lora", 6), ("all_full", 24)])
-def test_checkpointing_changes_no_bit(name: str, passing: int, either: None) -> None:
+def test_checkpointing_changes_no_bit(name: str, passing: int, runs: list[type], either: None) -> None:
     """Of vision, language model, both: layers run again under the masks that they had, and only those asked for."""
     outcomes = []
     for parts in PARTS:
         model = arm(name, tiny_model(), dropout=0.3)
-        fused: Any = ForwardPass(fused=True, line="").of(model, bf16=False, checkpointed=parts).train()
-        vision, llm = counted(fused._blocks), counted(fused._layers)
+        fused = ForwardPass(fused=True, line="").of(model, bf16=False, checkpointed=parts).train()
         torch.manual_seed(5)
+        runs.clear()
         outcomes.append(step(fused, BATCHES["packed"]))
-        assert len(vision) == 24 + passing * (Part.VISION in parts)
-        assert len(llm) == 4 + 4 * (Part.LLM in parts)
+        assert runs.count(VisionBlock) == 24 + passing * (Part.VISION in parts)
+        assert runs.count(DecoderLayer) == 4 + 4 * (Part.LLM in parts)
     (losses, gradients), *others = outcomes
     for other_losses, other in others:
         assert torch.equal(other_losses, losses)
