@@ -36,11 +36,11 @@ Step = tuple[dict, dict[str, torch.Tensor]]  # type: ignore[type-arg]
 
 
 @functools.cache
-def step(kind: str, ranks: int, dtype: str, dropout: float = 0.0, again: int = 0) -> Step:
+def step(kind: str, ranks: int, dtype: str, dropout: float = 0.0, again: int = 0, *, fused: bool = False) -> Step:
     """What one step on so many ranks gave: facts, and tensors `gradient/NAME` and `update/NAME`; `again` repeats it."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += ["-m", "tests.step_on_ranks", folder, kind, dtype, str(dropout)]
+        command += ["-m", "tests.step_on_ranks", folder, kind, dtype, str(dropout), *(["fused"] if fused else [])]
         done = subprocess.run(command, cwd=ROOT, env=environment(None), capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads((Path(folder) / "step.json").read_text()), load_file(Path(folder) / "step.safetensors")
@@ -54,6 +54,17 @@ def test_loss_and_every_gradient_of_a_step_are_those_of_one_rank(kind: str, rank
     assert (one["samples"], one["tokens"]) == (reference["samples"], reference["tokens"]) == (5, 73)
     assert sum(one["silent"]) == (ranks == 2)
     assert set(ours) == set(expected)
+    for name in (name for name in expected if name.startswith("gradient/")):
+        assert (ours[name] - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("plain", 2), ("zero", 2)], ids=["two ranks", "ZeRO-2 on two ranks"])
+def test_the_fused_pass_on_ranks_makes_the_step_of_the_plain_one(kind: str, ranks: int) -> None:
+    """Loss to 1e-6, every gradient to 1e-5: a function of our own takes part in either exchange as any other does."""
+    (one, ours), (reference, expected) = step(kind, ranks, "float32", fused=True), step("plain", 1, "float32")
+    assert one["loss"] == pytest.approx(reference["loss"], rel=1e-6)
+    assert one["norms"] == pytest.approx(reference["norms"], rel=1e-5)
+    assert sum(one["silent"]) == 1
     for name in (name for name in expected if name.startswith("gradient/")):
         assert (ours[name] - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 

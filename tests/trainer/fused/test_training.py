@@ -1,8 +1,6 @@
-"""Training with the fused pass is the same training: losses step by step, and on ranks that share a step."""
+"""Training with the fused pass is the same training: a step that is put together, and losses step by step."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.conftest import PAD_ID, take_step, tiny_model, tiny_samples
-from tests.running import ROOT, environment
 from tests.step_on_ranks import take
 from tests.trainer.fused.conftest import PASSES, arm, distances
 from trainer.data.loader import collate
@@ -62,30 +59,12 @@ def outcome(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads((folder / "step.json").read_text()), gradients
 
 
-@pytest.fixture(scope="module")
-def of_one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The plain pass, four packs of one rank."""
-    folder = tmp_path_factory.mktemp("plain")
-    take(folder, "plain", "float32", 0.0, accumulation=4)
-    return outcome(folder)
-
-
-@pytest.mark.parametrize(
-    ("kind", "ranks"), [("plain", 1), ("plain", 2), ("zero", 2)], ids=["one rank", "two ranks", "ZeRO-2 on two ranks"]
-)
-def test_ranks_that_share_a_step_make_the_step_of_one(
-    kind: str, ranks: int, of_one_rank: tuple[dict[str, Any], dict[str, Tensor]], tmp_path: Path
-) -> None:
-    """Loss to 1e-6, every gradient to 1e-5: DistributedDataParallel's and ZeRO-2's exchange, with one silent pack."""
-    if ranks == 1:
-        take(tmp_path, kind, "float32", 0.0, fused=True, accumulation=4)
-    else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += ["-m", "tests.step_on_ranks", str(tmp_path), kind, "float32", "0", "fused"]
-        done = subprocess.run(command, cwd=ROOT, env=environment(None), capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
-    (facts, got), (reference, expected) = outcome(tmp_path), of_one_rank
+def test_a_step_that_is_accumulated_is_the_plain_one(tmp_path: Path) -> None:
+    """Four packs of one rank: loss, norms by part, and every gradient; `tests.test_ranks` has two ranks."""
+    for name in ("plain", "fused"):
+        (tmp_path / name).mkdir()
+        take(tmp_path / name, "plain", "float32", 0.0, fused=name == "fused", accumulation=4)
+    (reference, expected), (facts, got) = (outcome(tmp_path / name) for name in ("plain", "fused"))
     assert facts["loss"] == pytest.approx(reference["loss"], rel=1e-6)
     assert facts["norms"] == pytest.approx(reference["norms"], rel=1e-5)
-    assert sum(facts["silent"]) == (ranks == 2)
     assert max(distances(got, expected).values()) < 1e-5
