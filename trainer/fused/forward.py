@@ -52,7 +52,13 @@ class FusedLoss(nn.Module):
     """
 
     def __init__(
-        self, model: PeftModel, *, bf16: bool = False, checkpointed: Collection[str] = (), keep: Keep = NOTHING
+        self,
+        model: PeftModel,
+        *,
+        bf16: bool = False,
+        checkpointed: Collection[str] = (),
+        keep: Keep = NOTHING,
+        share_prompts: bool = True,
     ) -> None:
         """Take over a PEFT-wrapped `Qwen3VLForConditionalGeneration`, on its device.
 
@@ -61,6 +67,7 @@ class FusedLoss(nn.Module):
             bf16: whether products are made in bfloat16.
             checkpointed: names, in the base model, of layers and blocks that run forward again in the backward pass.
             keep: what of images is kept between steps and runs.
+            share_prompts: whether words that all samples begin with are computed once; to compare.
         """
         super().__init__()
         self.model, self._dtype = model, torch.bfloat16 if bf16 else torch.float32
@@ -72,6 +79,7 @@ class FusedLoss(nn.Module):
         for index in again["language_model"]:
             self._layers[index].checkpointed = True
         self._prompts = Prompts(list(takewhile(lambda layer: not layer.trained, self._layers)))
+        self._share_prompts = share_prompts
         self._image_token: int = base.config.image_token_id
         self._head = base.lm_head
 
@@ -105,7 +113,7 @@ class FusedLoss(nn.Module):
         images, deep = self._tower.features(pixel_values, image_grid_thw, training=self.training)
 
         ends_prompt = tokens.supervised | (tokens.ids == self._image_token)
-        count = common_words(tokens.ids, starts, lengths, ends_prompt)
+        count = common_words(tokens.ids, starts, lengths, ends_prompt) if self._share_prompts else 0
         prompt = self._prompt(tokens, count) if count else None
         rest = tokens.behind(count) if count else tokens
         hidden = self._run(rest, prompt, images, deep)  # (T, D)

@@ -20,7 +20,7 @@ def compiled_on_gpu(operation: Callable[P, R]) -> Callable[P, R]:
 
     @cache
     def compiled() -> Any:
-        return torch.compile(operation, dynamic=False, fullgraph=True)
+        return torch.compile(operation, dynamic=False)
 
     @wraps(operation)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -13,6 +13,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from trainer.fused.on_gpu import compiled_on_gpu
+
 # Shapes: T rows, K inputs, N outputs, R ranks of all adapters of a projection together.
 
 
@@ -55,6 +57,12 @@ def rounding(x: Tensor) -> int:
     That takes about a millisecond and a megabyte each; rounded up to 64 there are few.
     """
     return 0 if x.is_cuda else -len(x) % 64
+
+
+@compiled_on_gpu
+def dropped(x: Tensor, mask: Tensor, kept: float) -> Tensor:
+    """Dropout: `x` where the mask is true, divided by the share that is kept; both (T, K)."""
+    return x.mul(mask).mul_(1 / kept)
 
 
 def live(module: Any) -> Any:
@@ -158,7 +166,7 @@ class Projection:
         return dx, [grad.to(p.dtype) for grad, p in zip(grads, self.trained, strict=True)]
 
     def _dropped(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return x if mask is None else x.mul(mask).mul_(1 / (1 - self.dropout))
+        return x if mask is None else dropped(x, mask, 1 - self.dropout)
 
     def _down(self, dtype: torch.dtype) -> Tensor:
         return torch.cat([adapter.a for adapter in self.adapters]).to(dtype)
