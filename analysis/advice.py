@@ -156,7 +156,10 @@ def _given(run: Run) -> dict[str, str] | None:
         for key in shipped
         if not is_idle(key, run.params) and same(value := run.params.get(key, shipped[key])) != same(shipped[key])
     }
-    return given | ({SEED: run.seed} if run.seed else {})
+    if run.seed:
+        given.pop(SEED, None)  # the last of them, so that the commands of an arm differ in one place
+        given[SEED] = run.seed
+    return given
 
 
 @cache

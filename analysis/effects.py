@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from analysis.ranking import Ranking, Reading, Row
-from analysis.settings import AUGMENTATION, BLOCKS, METHOD, differing, same
+from analysis.settings import AUGMENTATION, BLOCKS, METHOD, differing, setting
 from analysis.statistics import (
     Contrast,
     Difference,
@@ -204,7 +204,7 @@ def _pair(rows: Sequence[Row], question: Question) -> Mapping[str, Row]:
     alike: dict[tuple[str | None, ...], list[Row]] = {}
     for row in rows:
         params = row.readings[0].run.params
-        alike.setdefault(tuple(same(params.get(key)) for key in keys), []).append(row)
+        alike.setdefault(tuple(setting(params, key) for key in keys), []).append(row)
     pairs = [_best(of_one, question.second) for of_one in alike.values()]
     return next((pair for pair in pairs if _levels(question.second, pair)), best)
 

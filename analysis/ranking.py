@@ -10,7 +10,7 @@ import numpy as np
 
 from analysis.curves import Curve
 from analysis.runs import Run
-from analysis.settings import AUGMENTATION, differing, number, same
+from analysis.settings import AUGMENTATION, differing, number, setting
 from analysis.statistics import Difference, Estimate, all_differences, estimate
 from trainer import names
 from trainer.config.problems import nearest
@@ -286,7 +286,7 @@ def arms(readings: Iterable[Reading]) -> dict[str, list[Reading]]:
         keys = differing([member.run for member in members])
         alike: dict[tuple[str | None, ...], list[Reading]] = {}
         for member in members:
-            alike.setdefault(tuple(same(member.run.params.get(key)) for key in keys), []).append(member)
+            alike.setdefault(tuple(setting(member.run.params, key) for key in keys), []).append(member)
         for of_arm in alike.values():
             label = _label(strategy, keys, of_arm[0].run)
             numbered = (f"{label} #{n}" for n in count(2))

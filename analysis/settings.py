@@ -11,6 +11,7 @@ from trainer.config.load import SHORT_NAMES
 BLOCKS, METHOD = "strategy.vision.blocks", "strategy.vision.method"
 SEED, VIT_LR, LORA_RANK = "training.seed", "training.vit_lr", "tuner.lora_rank"
 AUGMENTATION = "custom.augmentation.mode"
+ACCUMULATION, _RANKS = "training.gradient_accumulation_steps", "launch.nproc"
 _SWITCH = "custom.augmentation.enabled"
 """On in every mode but `off`; of older runs, which have no mode, all that is known."""
 
@@ -49,7 +50,14 @@ def differing(runs: Sequence[Run], *, derived: bool = False) -> list[str]:
     keys = sorted({key for run in runs for key in run.params}, key=lambda key: (_section(key), key))
     wanted = [key for key in keys if is_setting(key) or (derived and key.startswith(DERIVED))]
     wanted = [key for key in wanted if key != _SWITCH or any(AUGMENTATION not in run.params for run in runs)]
-    return [key for key in wanted if len({same(run.params.get(key)) for run in runs}) > 1]
+    return [key for key in wanted if len({setting(run.params, key) for run in runs}) > 1]
+
+
+def setting(params: Mapping[str, str], key: str) -> str | None:
+    """A param in one spelling for equal values; accumulation over all ranks: how they share a step makes no arm."""
+    if key == ACCUMULATION and not math.isnan(whole := number(params.get(key)) * number(params.get(_RANKS, "1"))):
+        return repr(whole)
+    return same(params.get(key))
 
 
 def augmentation(params: Mapping[str, str]) -> str:

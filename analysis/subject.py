@@ -8,7 +8,7 @@ from typing import Any
 
 from analysis.ranking import STEP, Ranking, Row
 from analysis.runs import Run
-from analysis.settings import BLOCKS, LORA_RANK, METHOD, VIT_LR, augmentation, number
+from analysis.settings import ACCUMULATION, BLOCKS, LORA_RANK, METHOD, VIT_LR, augmentation, number, setting
 from trainer import names
 
 NAN = math.nan
@@ -158,7 +158,7 @@ def _arm(row: Row, by: str, printed: Mapping[str, Any], *, at_end: bool) -> Arm:
         f1=mean(names.F1),
         vision_gain=mean(names.VISION_GAIN),
         micro_batch=number(params.get("training.per_device_train_batch_size")),
-        accumulation=number(params.get("training.gradient_accumulation_steps")),
+        accumulation=number(setting(params, ACCUMULATION)),
         blocks=params.get(BLOCKS, ""),
         method=params.get(METHOD, ""),
         rank=params.get(LORA_RANK, ""),

@@ -125,6 +125,7 @@ def test_seeds_that_would_settle_an_open_difference_are_counted() -> None:
     [
         ("last6_lora", "pocket", {}),
         ("all_full", "pocket", {"training__vit_lr": "1e-4", "custom__digits__train": "64"}),
+        ("last6_full", "pocket", {"launch__nproc": "2", "training__gradient_accumulation_steps": "1"}),
         (
             "frozen_vision",
             "published",

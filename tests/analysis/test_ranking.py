@@ -87,6 +87,14 @@ def test_a_seed_that_was_run_twice_counts_once() -> None:
     assert [(r.id, reason) for r, reason in found.excluded] == [("old", "was repeated with the same seed in new")]
 
 
+def test_runs_of_one_arm_may_lie_on_different_numbers_of_ranks() -> None:
+    """As `launch.nproc: auto` lays them on different machines, with the packs of a step unchanged."""
+    keys = ("launch.nproc", "training.gradient_accumulation_steps", "effective_batch.packs")
+    laid = [dict(zip(keys, values, strict=True)) for values in (("1", "2", "2"), ("2", "1", "2"), ("2", "2", "4"))]
+    found = [read(run(seed=seed, params=params), LOSS, At(), {}) for seed, params in enumerate(laid)]
+    assert sorted(map(len, arms([reading for reading in found if isinstance(reading, Reading)]).values())) == [1, 2]
+
+
 def test_runs_of_one_strategy_with_other_settings_are_other_arms() -> None:
     """A sweep over rank is not noise between seeds; seed, folders and tracking make no arm."""
     runs = [

@@ -2,7 +2,7 @@
 
 import pytest
 
-from analysis.settings import differing, is_idle, is_setting, same
+from analysis.settings import ACCUMULATION, differing, is_idle, is_setting, same, setting
 from tests.analysis.test_ranking import run
 
 
@@ -55,3 +55,14 @@ def test_what_does_nothing_in_a_run_is_known(key: str, mode: str, idle: bool) ->
     """How to augment where nothing is augmented; a switch that the mode repeats."""
     assert is_idle(f"custom.augmentation.{key}", {"custom.augmentation.mode": mode}) is idle
     assert not is_idle("tuner.lora_rank", {"custom.augmentation.mode": mode})
+
+
+def test_how_ranks_share_a_step_makes_no_arm() -> None:
+    """Two ranks that accumulate one are one that accumulates two; four of a step are another setting."""
+    layouts = [("1", "2"), ("2", "1"), ("2", "2")]
+    runs = [run(params={"launch.nproc": ranks, ACCUMULATION: each}) for ranks, each in layouts]
+    assert differing(runs[:2]) == []
+    assert differing(runs) == [ACCUMULATION]
+    older = run(params={ACCUMULATION: "2"})  # of code, or of others, that say nothing of ranks
+    assert differing([runs[0], older]) == [] and setting(older.params, ACCUMULATION) == "2.0"
+    assert setting({ACCUMULATION: "2", "launch.nproc": "auto"}, ACCUMULATION) == "2.0"
