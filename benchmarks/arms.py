@@ -19,6 +19,8 @@ from trainer.config.load import load
 from trainer.provenance import code_version
 
 OUTPUT = Path("output")
+ONE_RANK = {"launch.nproc": "1"}
+"""Several runs at once share the cores as it is, and dropout, drawn by rank, is that of the runs that are recorded."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Arm:
         """Whether a run is one of this arm, with nothing else changed but the seed."""
         if run.strategy != self.strategy:
             return False
-        params = load(self.strategy, overrides={**self.settings, "seed": run.seed}).params()
+        params = load(self.strategy, overrides={**ONE_RANK, **self.settings, "seed": run.seed}).params()
         # a key that the run does not know is one that its code did not have
         return all(run.params.get(key, value) == value for key, value in params.items())
 
@@ -81,7 +83,7 @@ def _train(arm: Arm, seed: int, threads: int) -> None:
     logs = OUTPUT / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "trainer", "run", arm.strategy, "--seed", str(seed)]
-    command += [part for key, value in arm.settings.items() for part in (f"--{key}", value)]
+    command += [part for key, value in {**ONE_RANK, **arm.settings}.items() for part in (f"--{key}", value)]
     with (logs / f"{arm.name}-{seed}.log").open("w") as log:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)

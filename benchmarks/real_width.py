@@ -36,6 +36,7 @@ BESIDE_WEIGHTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinj
 MARKS = {"image": "<|image_pad|>", "video": "<|video_pad|>",
          "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}  # fmt: skip
 FITS_A_CPU = {
+    "launch.nproc": 1,  # memory is that of one process, with one copy of the model
     "training.per_device_train_batch_size": 1,
     "custom.allow_outside_root": "true",  # `shortened` copies the records, not the images
     "tracking.generate_records": 0,

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 # Small enough for seconds on two cores, large enough that every metric occurs: 32 training records are eight or nine
 # packs of four or so, and an optimizer step takes two; training rows at 1, 2 and 3, evaluations at 0, 2 and 3.
 SMALL = {
+    "launch.nproc": "1",  # a number, so that a machine of many cores tests the same thing; `auto` has its own tests
     "training.max_steps": "3",
     "training.logging_steps": "2",
     "training.eval_steps": "2",

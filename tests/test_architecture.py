@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "gradient_checkpointing": ("model", "strategy"),
     "launch": ("errors", "signals"),
     "gpus": ("attention", "config.*", "errors"),
+    "ranks": ("addresses", "config.*", "errors", "gpus", "launch", "names", "redact", "runs"),
     "engine": ("data.loader", "model"),
     "zero2": ("data.loader", "engine", "model"),
     "optim": ("model", "strategy", "errors"),

@@ -29,6 +29,7 @@ from tests.running import (
 )  # fmt: skip
 from tests.step_on_ranks import RATE
 from trainer import launch, names
+from trainer.config.load import load
 
 KINDS = [("plain", 2), ("zero", 1), ("zero", 2)]
 IDS = ["two ranks", "ZeRO-2 on one rank", "ZeRO-2 on two ranks"]
@@ -105,10 +106,14 @@ def test_dropout_is_the_same_in_an_equal_layout(kind: str, ranks: int) -> None:
 
 LAYOUTS = {
     "plain": {"training.gradient_accumulation_steps": "2"},
+    "auto": {"launch.nproc": "auto", "training.gradient_accumulation_steps": "2"},
     "two ranks": {"launch.nproc": "2", "training.gradient_accumulation_steps": "1"},
     "zero2": {"deepspeed.enabled": "true", "training.gradient_accumulation_steps": "2"},
     "zero2 on two ranks": {
         "deepspeed.enabled": "true", "launch.nproc": "2", "training.gradient_accumulation_steps": "1",
+    },
+    "auto, zero2": {
+        "deepspeed.enabled": "true", "launch.nproc": "auto", "training.gradient_accumulation_steps": "2",
     },
 }  # fmt: skip
 
@@ -142,11 +147,23 @@ def test_a_whole_run_gives_the_losses_of_the_plain_one(layout: str) -> None:
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5), name
 
 
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name.startswith("auto")])
+def test_auto_is_stored_as_the_numbers_that_it_became(layout: str) -> None:
+    """One run, with the batch of one rank; its own configuration file, which says the same, trains the same."""
+    (store, run), (_, plain) = whole(layout), whole("plain")
+    ranks = min(2, launch.cores())
+    numbers = ("launch.nproc", "training.gradient_accumulation_steps", names.EFFECTIVE_BATCH_PACKS)
+    assert [plain.data.params[key] for key in numbers] == ["1", "2", "2"]
+    assert [run.data.params[key] for key in numbers] == [str(ranks), str(2 // ranks), "2"]
+    kept = MlflowClient(store).download_artifacts(run.info.run_id, names.ARTIFACT_CONFIG)
+    assert load(kept).params().items() <= run.data.params.items()
+
+
 def test_a_mistake_on_two_ranks_is_told_once(tmp_path: Path) -> None:
     """One message, status 2, nothing in the store."""
-    two = ["--launch.nproc", "2"]
+    two = flags(SMALL | {"launch.nproc": "2"})
     (tmp_path / "taken").write_text("")
-    done = trainer("run", "last6_lora", *two, *flags(SMALL), "--output_dir", "taken", cwd=tmp_path,
+    done = trainer("run", "last6_lora", *two, "--output_dir", "taken", cwd=tmp_path,
                    store=f"sqlite:///{tmp_path}/mlflow.db")  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 4 and "taken" in done.stderr

@@ -188,6 +188,14 @@ def test_on_another_number_of_ranks_it_goes_on_and_says_what_that_means(
     assert rows[-1][1] == pytest.approx(left_alone.rows[names.EVAL_LOSS][-1][1], rel=0.1)
 
 
+def test_under_auto_it_goes_on_with_the_ranks_that_it_had(interrupted: Interrupted, left_alone: Result) -> None:
+    """And comes out as if nothing had happened, whatever this machine would have chosen for a new run."""
+    done = kept(*COMMAND, "--launch.nproc", "auto", cwd=interrupted.folder, store=interrupted.store)
+    assert done.returncode == 0, done.stderr
+    assert "going on with" in done.stderr and "to rounding" not in done.stderr
+    assert_same(result_of(interrupted.folder, interrupted.store), left_alone)
+
+
 def test_another_configuration_is_refused_with_its_differences_or_allowed_and_tagged(interrupted: Interrupted) -> None:
     """Nothing is lost by the refusal."""
     changed = [*COMMAND, "--training.vit_lr", "2e-4", "--resume", str(interrupted.home)]

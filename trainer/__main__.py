@@ -50,15 +50,15 @@ def run(
 ) -> None:
     """Train one configuration and log it to MLflow; go on with it where it was interrupted."""
     try:
-        resolved = resolve(context, config, profile, short)
+        resolved = resolve(context, config, profile, short, resume=resume)
         drift = is_true("--allow-drift", allow_drift)
+        if resolved.config.launch.ranks > 1 and not launch.is_rank():
+            _run_ranks(resolved)  # the first of them looks whether the store is there
+            return
         quiet_libraries()
         from trainer import gpus, tracking  # MLflow and torch, only when the configuration is known to be right
 
         store = tracking.reach_store() if launch.is_first() else None
-        if resolved.config.launch.nproc > 1 and not launch.is_rank():
-            _run_ranks(resolved)
-            return
         gpus.see_only(resolved.config.launch.gpus)
         tell(resolved)
         if store is not None and store.away:
@@ -80,7 +80,7 @@ def run(
 
 def _run_ranks(resolved: Resolved) -> None:
     """Train on several ranks; where they died without a word, the run is closed for them."""
-    status = launch.start(resolved.config.launch.nproc, sys.argv[1:])
+    status = launch.start(resolved.config.launch.ranks, sys.argv[1:])
     if status:
         from trainer.sync import close_dead
 

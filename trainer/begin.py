@@ -14,7 +14,6 @@ from trainer import launch, names, provenance
 from trainer.addresses import Store
 from trainer.checkpoint import BadCheckpoint
 from trainer.errors import ConfigError, TrainingStopped, UserError
-from trainer.facts import DIGESTS
 from trainer.position import Position
 from trainer.redact import of_environment
 from trainer.resume import FOLDER, Point, forget_newer, forget_points, newest_good, read_point, restore_best
@@ -118,7 +117,8 @@ def begin(parent: Path, identity: Identity, asked: Asked) -> Begun:
     with one_at_a_time(parent):
         wanted = Path(asked.resume) if asked.resume not in (AUTO, NEVER) else None
         if asked.resume == AUTO:
-            wanted = unfinished(parent, identity, but_for=DIGESTS)  # changed data is no other training, but a mistake
+            # changed data is no other training, but a mistake
+            wanted = unfinished(parent, identity, but_for=names.DIGESTS)
         if wanted is None:
             folder = new_run(parent, identity)
             folder.write(made_with=provenance.made_with())

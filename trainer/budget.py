@@ -52,7 +52,7 @@ def step_plan_from(config: Config, samples: Samples) -> StepPlan:
         seed=training.seed,
         micro_batch=training.per_device_train_batch_size,
         accumulation=training.gradient_accumulation_steps,
-        ranks=config.launch.nproc,
+        ranks=config.launch.ranks,
         capacity=config.pack_length,
     )
 

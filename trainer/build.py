@@ -68,7 +68,7 @@ def prepare(resolved: Resolved) -> Prepared:
     count_tokens(config, samples)
     budget = budget_from(config, samples)
     schedule = schedule_from(config, budget)
-    return Prepared(arm_name(resolved), plan, tools, encoder, data, samples, budget, schedule, zero, no_effect)
+    return Prepared(resolved.arm, plan, tools, encoder, data, samples, budget, schedule, zero, no_effect)
 
 
 def count_tokens(config: Config, samples: SampleSet) -> None:
@@ -78,17 +78,6 @@ def count_tokens(config: Config, samples: SampleSet) -> None:
     console = Console(stderr=True, quiet=not launch.is_first())
     bar = partial(track, description="counting tokens", console=console, disable=not console.is_terminal)
     samples.lengths(0, watch=partial(bar, transient=True))
-
-
-def arm_name(resolved: Resolved) -> str:
-    """`last6_lora`; with `-P tuner.lora_rank=8`, `last6_lora+lora_rank=8`: another arm must not pass for this one."""
-    params = resolved.params()
-    changed = [
-        f"+{key.rpartition('.')[2]}={params[key]}"
-        for key, origin in resolved.origins.items()
-        if origin == "-P" and key.startswith(("strategy.", "tuner."))
-    ]
-    return resolved.name + "".join(changed)
 
 
 def zero_from(resolved: Resolved) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
@@ -120,7 +109,7 @@ def join_ranks(prepared: Prepared, config: Config) -> Accelerator:
             n_trained=prepared.plan.trainable_parameters()["total"],
         )
 
-    accelerator: Accelerator = launch.join(config.launch.nproc, make_zero if prepared.zero is not None else None)
+    accelerator: Accelerator = launch.join(config.launch.ranks, make_zero if prepared.zero is not None else None)
     return accelerator
 
 

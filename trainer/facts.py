@@ -23,8 +23,6 @@ from trainer.generation import Caption
 from trainer.strategy import Method, ParameterPlan
 from trainer.tracker import Tracker
 
-DIGESTS = (names.TAG_TRAIN_DIGEST, names.TAG_VAL_DIGEST, names.TAG_BASE_DIGEST)
-"""What a run rests on that lies outside its configuration."""
 _PREVIEWED = 2
 """Epochs in which a run's own sheet shows each record."""
 
@@ -56,7 +54,7 @@ def log_start(
             names.TAG_PROFILE: resolved.profile or "none",
             names.TAG_GATE: "open",
             names.TAG_CODE_VERSION: provenance.code_version(),
-            **{tag: rests[tag] for tag in (names.TAG_STRATEGY, *DIGESTS)},
+            **{tag: rests[tag] for tag in (names.TAG_STRATEGY, *names.DIGESTS)},
         }
     )
     tracker.params(

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import torch
 
-from trainer.attention import needs_missing_gpu
 from trainer.config.places import experiments_dir, shown_path
 from trainer.config.problems import place
 from trainer.config.resolved import Resolved
@@ -20,6 +19,8 @@ _VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 def settled(resolved: Resolved) -> Resolved:
     """The configuration as it holds on this machine: a rank for each GPU named, where `launch.nproc` is not written.
+
+    Those ranks multiply the batch, as on the launch line of existing projects; with `auto` written, they share it.
 
     Raises:
         ConfigError: a GPU that the machine does not have, or more ranks than GPUs.
@@ -41,10 +42,10 @@ def settled(resolved: Resolved) -> Resolved:
         )
     if not _written(resolved.origins["launch.nproc"]):
         return resolved.with_value("launch", "nproc", len(named), origin)
-    if launch.nproc > len(named):
+    if launch.ranks > len(named):
         raise ConfigError(
             place(resolved.origins["launch.nproc"], "launch.nproc"),
-            f"{launch.nproc} ranks on {key} {launch.gpus}",
+            f"{launch.ranks} ranks on {key} {launch.gpus}",
             "at most one rank a GPU",
             "name more GPUs, or fewer ranks",
         )
@@ -53,10 +54,22 @@ def settled(resolved: Resolved) -> Resolved:
 
 def stand_ins(resolved: Resolved) -> tuple[str, ...]:
     """A line for what is asked for, needs a GPU, and has something in its place because there is none."""
+    from trainer.attention import needs_missing_gpu  # transformers, which only ranks need: seconds less to start them
+
     asked, key = resolved.config.model.attn_impl, "model.attn_impl"
     if not needs_missing_gpu(asked):
         return ()
     return (f"{key}: {asked} needs a GPU and there is none here, sdpa takes its place ({resolved.origins[key]})",)
+
+
+def count(gpus: str | None) -> int:
+    """How many GPUs a run may use: those that it names, or all that are visible; 0 where there is none.
+
+    Args:
+        gpus: indices that `settled` has accepted; None: all.
+    """
+    there = torch.cuda.device_count()
+    return there if gpus is None else min(there, len(_indices(gpus)))
 
 
 def see_only(gpus: str | None) -> None:

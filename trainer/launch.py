@@ -18,6 +18,8 @@ from trainer.signals import pass_on
 _STARTED_AS_RANK = "LOCAL_RANK" in os.environ  # at the start: `_alone` makes a lone process a rank of one
 _LOCK_SECONDS = 600.0
 """Age at which a lock is nobody's any more: the process that compiled was killed."""
+_SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+"""The CPUs of Linux that are one core with this one."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -31,11 +33,27 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def cores() -> int:
+    """Physical cores that this process may run on: a second thread of a core computes little more."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cpus = os.sched_getaffinity(0)
+    try:
+        return len({Path(_SIBLINGS.format(cpu)).read_text(encoding="ascii") for cpu in cpus})
+    except (OSError, ValueError):
+        return len(cpus)
+
+
+def threads(nproc: int) -> int:
+    """Threads of each rank: its part of the cores, unless OMP_NUM_THREADS says otherwise."""
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(said) if said.isdecimal() else max(1, cores() // nproc)
+
+
 def start(nproc: int, arguments: Sequence[str]) -> int:
     """Run `python -m trainer ARGUMENTS` on `nproc` ranks of this machine, to their end.
 
-    Ranks share the cores: each gets its part of them as threads, unless OMP_NUM_THREADS says otherwise. When one dies
-    the others are ended.
+    Ranks share the cores, see `threads`. When one dies the others are ended.
 
     Returns:
         The exit status of the rank that failed first, or 0.
@@ -52,8 +70,7 @@ def start(nproc: int, arguments: Sequence[str]) -> int:
     gpus = torch.cuda.device_count()
     if 0 < gpus < nproc:
         raise ConfigError("launch.nproc", f"{nproc} on a machine with {gpus} GPUs", f"1 to {gpus}", f"set it to {gpus}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads(nproc)))
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

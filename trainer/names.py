@@ -124,6 +124,8 @@ TAG_CODE_VERSION = "code.version"
 TAG_TRAIN_DIGEST = "data.train_digest"
 TAG_VAL_DIGEST = "data.val_digest"
 TAG_BASE_DIGEST = "base_model.digest"
+DIGESTS = (TAG_TRAIN_DIGEST, TAG_VAL_DIGEST, TAG_BASE_DIGEST)
+"""What a run rests on that lies outside its configuration."""
 TAG_CONTINUED_IN = "continued_in"  # of a run that `mlflow run` made for a training which another run already held
 TAG_KEY = "training_key"  # of one training, however often it is interrupted: how a run is found that was made before
 TAG_RESUMED_AT = "resumed_at"  # optimizer steps

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from trainer import launch
+from trainer import launch, ranks
 from trainer.config.resolved import Resolved
 
 EXTRA = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -68,8 +68,10 @@ def is_true(option: str, value: str) -> bool:
     return known[value.lower()]
 
 
-def resolve(context: click.Context, config: str, profile: str | None, short: dict[str, str | None]) -> Resolved:
-    """The configuration that a command line means, as it holds on this machine.
+def resolve(
+    context: click.Context, config: str, profile: str | None, short: dict[str, str | None], *, resume: str = "never"
+) -> Resolved:
+    """The configuration that a command line means, as it holds on this machine and for a run that is gone on with.
 
     Raises:
         ConfigError: anything wrong in it.
@@ -78,11 +80,11 @@ def resolve(context: click.Context, config: str, profile: str | None, short: dic
 
     given = {key: value for key, value in short.items() if value}
     resolved = load(config, profile=profile or None, overrides=given | _overrides(context.args))
-    if resolved.config.launch.gpus is None:
-        return resolved
-    from trainer import gpus  # imports torch
+    if resolved.config.launch.gpus is not None:
+        from trainer import gpus  # imports torch
 
-    return gpus.settled(resolved)
+        resolved = gpus.settled(resolved)
+    return ranks.settled(resolved, resume)
 
 
 def tell(resolved: Resolved) -> None:

@@ -35,7 +35,7 @@ def show_plan(resolved: Resolved, console: Console | None = None) -> None:
         f"trainable {counts['total']:,} of {plan.total_parameters():,} parameters "
         f"({100 * counts['total'] / plan.total_parameters():.2f} %); vision blocks {_span(plan.vision_blocks)}\n"
     )
-    for line in _budget_lines(prepared, config):
+    for line in _budget_lines(prepared, config, resolved.chosen):
         console.print(line, markup=False)
 
 
@@ -86,8 +86,8 @@ def _plan_lines(plan: ParameterPlan, schedule: Schedule, weight_decay: float) ->
     return lines
 
 
-def _budget_lines(prepared: build.Prepared, config: Config) -> list[str]:
-    """Samples, packs, batch and steps, each with its arithmetic."""
+def _budget_lines(prepared: build.Prepared, config: Config, ranks: str) -> list[str]:
+    """Samples, packs, ranks where they were chosen, batch and steps, each with its arithmetic."""
     budget, data, encoder = prepared.budget, prepared.data, prepared.encoder
     plan, lengths = budget.plan, budget.plan.samples.lengths(0)
     mean = sum(lengths) / len(lengths)
@@ -111,6 +111,7 @@ def _budget_lines(prepared: build.Prepared, config: Config) -> list[str]:
         f"samples          {budget.samples} training, {others}; "
         f"{mean:.0f} tokens on average, {max(lengths)} at most (limit {encoder.max_length})",
         f"packs            {packed}",
+        *([f"ranks            {ranks}"] if ranks else []),
         f"effective batch  {batch_arithmetic(budget)}; x {sum(lengths) / packs:,.0f} tokens "
         f"= {batch * sum(lengths) / packs:,.0f} tokens",
         f"optimizer steps  ceil({packs} / {batch}) = {plan.steps_in_epoch(0)} an epoch; {length} "

@@ -66,7 +66,7 @@ def test_a_rank_for_each_gpu_where_nproc_is_not_written(tmp_path: Path, machine:
     theirs = configured(tmp_path, "{gpus: '0,2'}")
     for resolved in (ours, theirs):
         settled = gpus.settled(resolved)
-        assert resolved.config.launch.nproc == 1 and settled.config.launch.nproc == 2
+        assert resolved.config.launch.nproc == "auto" and settled.config.launch.nproc == 2
         assert settled.origins["launch.nproc"] == settled.origins["launch.gpus"]
         assert settled.params()["launch.nproc"] == "2" and "nproc: 2" in settled.to_yaml()
 

@@ -2,15 +2,20 @@
 
 import re
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from trainer.config.problems import shown
 
 _SPAN = re.compile(r"all|none|last-[1-9]\d{0,3}|\d{1,4}-\d{1,4}|\d{1,4}(,\d{1,4})*", re.ASCII)
 _SPAN_ALLOWED = "all, none, last-N (N from 1), A-B (A <= B), or different numbers split by commas, such as 5,11,17"
 
 _GPUS = re.compile(r"\d{1,3}(,\d{1,3})*", re.ASCII)
 _GPUS_ALLOWED = "an index from 0, or different ones split by commas, such as 0,1"
+
+_MOST_RANKS = 1024  # more would bring the machine down before they did anything
+_RANKS_ALLOWED = f"auto, or a number of ranks: at least 1, at most {_MOST_RANKS}"
 
 
 class Impossible(ValueError):
@@ -61,10 +66,17 @@ def _gpus(value: object) -> str:
     return ",".join(map(str, numbers))
 
 
+def _ranks(value: object) -> object:
+    """Return a number of ranks, or the word `auto`, as it is."""
+    if value == "auto" or (type(value) is int and 1 <= value <= _MOST_RANKS):
+        return value
+    raise Impossible(shown(value), _RANKS_ALLOWED, "write auto, which shares the steps of one rank, or a number")
+
+
 Gpus = Annotated[str, BeforeValidator(_gpus)]
+Ranks = Annotated[Literal["auto"] | int, BeforeValidator(_ranks)]
 Span = Annotated[str, BeforeValidator(_span)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
-Processes = Annotated[int, Field(ge=1, le=1024)]  # more would bring the machine down before they did anything
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Pixels = Annotated[int, Field(ge=1, le=10**18)]
 Rate = Annotated[float, Field(gt=0, le=1)]

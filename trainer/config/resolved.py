@@ -31,6 +31,19 @@ class Resolved:
     """One line for each thing that is legal and probably not meant (a key written twice)."""
     tree: dict[str, Plain]
     """The configuration as plain maps, lists and values."""
+    chosen: str = ""
+    """How many ranks train, where that was left to the machine, and why; else empty."""
+
+    @property
+    def arm(self) -> str:
+        """`last6_lora`; with `-P tuner.lora_rank=8`, `last6_lora+lora_rank=8`: no other arm must pass for this one."""
+        params = self.params()
+        changed = [
+            f"+{key.rpartition('.')[2]}={params[key]}"
+            for key, origin in self.origins.items()
+            if origin == "-P" and key.startswith(("strategy.", "tuner."))
+        ]
+        return self.name + "".join(changed)
 
     def with_value(self, section: str, key: str, value: Plain, origin: str) -> "Resolved":
         """Return the same configuration with one value that was found out later.

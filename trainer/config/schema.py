@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from trainer.config.augmentation import Augmentation
-from trainer.config.fields import Count, CountOrZero, Gpus, Impossible, Pixels, Processes, Rate, Section, Share
+from trainer.config.fields import Count, CountOrZero, Gpus, Impossible, Pixels, Ranks, Rate, Section, Share
 from trainer.config.parts import RAW_STRATEGY_KEYS, Strategy, Tuner
 
 
@@ -64,7 +64,7 @@ class Training(Section):
     per_device_eval_batch_size: Count = 1
     """Samples (packs, when packing) that one rank evaluates at once."""
     gradient_accumulation_steps: Count = 1
-    """Micro-batches of each rank in one optimizer step."""
+    """Micro-batches of each rank in one optimizer step; with `launch.nproc: auto` of all ranks together."""
     packing: bool = False
     """Whether samples are laid end to end into packs of at most the length limit."""
     gradient_checkpointing: bool = False
@@ -220,10 +220,16 @@ class Custom(Section):
 class Launch(Section):
     """How many processes train together."""
 
-    nproc: Processes = 1
-    """Ranks on this machine; as many as `gpus` names where that is given and this is not."""
+    nproc: Ranks = "auto"
+    """Ranks on this machine, which multiply the batch; `auto`: as many as it has cores or GPUs for, at most 8 on cores,
+    and as share `gradient_accumulation_steps` evenly. As many as `gpus` names where that is given and this is not."""
     gpus: Gpus | None = None
     """Which GPUs of this machine are used: an index, or several split by commas; null: all that are visible."""
+
+    @property
+    def ranks(self) -> int:
+        """How many train together; one process that nobody has asked the machine for more is one."""
+        return 1 if self.nproc == "auto" else self.nproc
 
 
 class Tracking(Section):

@@ -93,8 +93,9 @@ def test_published_is_the_published_recipe() -> None:
 
 
 def test_pocket_needs_neither_network_nor_gpu() -> None:
-    """The built-in model and data in float32, one process, no DeepSpeed."""
+    """The built-in model and data in float32, as many ranks as there are cores for, no DeepSpeed."""
     config = load("last6_lora").config
     assert (config.model.model, config.model.torch_dtype, config.custom.train_jsonl) == ("pocket", "float32", None)
-    assert not (config.deepspeed.enabled or config.training.bf16 or config.launch.nproc > 1)
+    assert not (config.deepspeed.enabled or config.training.bf16)
+    assert (config.launch.nproc, config.launch.gpus) == ("auto", None)
     assert (config.custom.emit_norm, config.prompts.scheme, config.prompts.language) == ("norm100", "A", "en")

@@ -138,6 +138,10 @@ def test_other_forms_of_blocks_are_refused(fails, written: str) -> None:
         ("custom.augmentation.mode", "noisy", "'published_noisy'"),
         ("tracking.smoothing_weight", "1.0", "less than 1"),
         ("launch.nproc", "0", "at least 1"),
+        ("launch.nproc", "1025", "at most 1024"),
+        ("launch.nproc", "Auto", "auto, or a number of ranks"),
+        ("launch.nproc", "2.0", "auto, or a number of ranks"),
+        ("launch.nproc", "true", "auto, or a number of ranks"),
     ],
 )
 def test_wrong_types_and_impossible_values_are_refused(fails, key: str, value: str, allowed: str) -> None:
