@@ -1,5 +1,9 @@
-"""What a figure was measured on: processor, memory, versions, commit, and how fast this machine multiplies matrices."""
+"""What a figure was measured on: processor, memory, versions, commit, and how fast this machine multiplies matrices.
 
+python benchmarks/machine.py        # GFLOP/s of float32 matrix products
+"""
+
+import json
 import os
 import time
 from datetime import UTC, datetime
@@ -48,3 +52,7 @@ def gemm_rates() -> dict[str, float]:
                     make(x, weight)
                 rates[name] = max(rates[name], 4 * 2 * n**3 / (time.perf_counter() - started) / 1e9)
     return rates
+
+
+if __name__ == "__main__":
+    print(json.dumps(gemm_rates()))

@@ -38,7 +38,9 @@ def throughput(result: Result) -> str:
             ])  # fmt: skip
     head = ("work", "by", "samples/s", "ratio", "supervised tokens/s", "peak MiB", "shared once", "GFLOP/s", "of GEMM")
     gemm = ", ".join(f"{name} {rate:.0f}" for name, rate in result["gemm_gflops"].items())
-    return f"{_machine(result)} Matrix products, GFLOP/s: {gemm}.\n\n{_markdown(head, rows, left=2)}"
+    n = max(len(of) for _, of in _groups(result["runs"], "arm", "work", "checkpointing", "contender"))
+    told = f"Medians of {n} processes. Matrix products, GFLOP/s: {gemm}."
+    return f"{_machine(result)} {told}\n\n{_markdown(head, rows, left=2)}"
 
 
 def each(result: Result) -> str:

@@ -12,18 +12,20 @@ busy is measured again. `--prefix` runs every measured process under another com
 import argparse
 import json
 import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from machine import facts, gemm_rates
-from measured import Job, Switches, ask
+from machine import facts
+from measured import HERE, Job, Switches, ask
 from rich.progress import track
 from stopwatch import Measured
 
-RESULTS = Path(__file__).parent / "results" / "performance"
+RESULTS = HERE / "results" / "performance"
 DISTURBED, TRIES = 0.03, 4
 ARMS = ("last6_lora", "all_full")
 BASELINE = "Trainer + PEFT"
@@ -149,7 +151,7 @@ def main() -> None:
     ]  # fmt: skip
     prefix = shlex.split(asked.prefix)
     counted = {a: ask(replace(base, arm=a, work="count"), "plain_trainer.py", prefix)["gflop"] for a in asked.arms}
-    rates = gemm_rates()
+    rates = json.loads(subprocess.check_output([*prefix, sys.executable, str(HERE / "machine.py")]).splitlines()[-1])
     rows = run(jobs, contenders, 1 if asked.curves else asked.repeats, prefix)
     name = "curves" if asked.curves else "each" if asked.each else "throughput"
     save(name, contenders, rows, gemm_gflops=rates, gflop_a_sample=counted)
