@@ -78,5 +78,9 @@ def _parts(*, bf16: bool) -> str:
         return "flash-attention over the samples of a pack"
     if bf16:
         return "torch's operations in bfloat16"
-    small = "compiled kernels" if native.library() is not None else "torch's operations: no C++ compiler was found"
+    small = (
+        "compiled kernels"
+        if native.library() is not None
+        else "torch's operations (the kernels are not compiled: no C++ compiler that works, or VTE_NATIVE=0)"
+    )
     return f"{small}, products by {'oneDNN' if prefers_onednn() else 'MKL'}"

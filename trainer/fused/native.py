@@ -8,9 +8,11 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,17 +34,17 @@ def usable(*tensors: Tensor) -> bool:
 @cache
 def library() -> Any:
     """The compiled functions; None where there is no compiler, or it fails."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if os.environ.get("VTE_NATIVE") == "0" or compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if os.environ.get("VTE_NATIVE") == "0" or not compiler or shutil.which(compiler[0]) is None:
         return None
     try:
         built = cache_folder() / "kernels" / f"{_fingerprint(compiler)}.so"
-        if not built.exists():
-            _build(compiler, built)
-        loaded = ctypes.CDLL(str(built))
+        with suppress(OSError):  # not built yet, or damaged
+            return ctypes.CDLL(str(built))
+        _build(compiler, built)
+        return ctypes.CDLL(str(built))
     except (OSError, subprocess.SubprocessError):
         return None
-    return loaded
 
 
 def call(function: str, *arguments: Tensor | int | float | None) -> None:
@@ -58,9 +60,9 @@ def _as_c(value: Tensor | int | float | None) -> Any:
     return ctypes.c_void_p() if value is None else ctypes.c_long(value)
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: list[str]) -> str:
     """Of what the compiled file depends on: source, flags, compiler, and the processor that `native` means."""
-    about = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    about = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
@@ -70,15 +72,15 @@ def _fingerprint(compiler: str) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
-def _build(compiler: str, target: Path) -> None:
+def _build(compiler: list[str], target: Path) -> None:
     """Compile, and put the file there in one step: ranks that start together may all do it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
         for openmp in (["-fopenmp"], []):  # threads, where the compiler has them
-            command = [compiler, *_FLAGS, *openmp, "-c", str(_SOURCE), "-o", str(compiled)]
+            command = [*compiler, *_FLAGS, *openmp, "-c", str(_SOURCE), "-o", str(compiled)]
             if subprocess.run(command, capture_output=True, check=False).returncode == 0:
                 break
         # Linked without OpenMP's runtime: torch has loaded one already, and two would fight over the cores.
-        subprocess.run([compiler, "-shared", str(compiled), "-o", str(linked)], capture_output=True, check=True)
+        subprocess.run([*compiler, "-shared", str(compiled), "-o", str(linked)], capture_output=True, check=True)
         os.replace(linked, target)
