@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import track
+from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
 
 from trainer import launch
@@ -21,9 +22,11 @@ from trainer.data.loader import SampleCache, SampleSet
 from trainer.data.template import Encoder
 from trainer.datasets import Data, check_first_epoch, check_lengths, make_encoder, mix_from, read_data, unknown_mark
 from trainer.engine import Engine
+from trainer.fused.choice import ForwardPass, choose
+from trainer.fused.features import Keep
 from trainer.gpus import stand_ins
 from trainer.metrics import Meter
-from trainer.model import SupervisedLoss, Tools, TrainedTensor, load_model, load_tools, parameter_shapes
+from trainer.model import Tools, TrainedTensor, load_model, load_tools, parameter_shapes
 from trainer.optim import Schedule
 from trainer.raw_strategy import RawStrategy, raw_rules
 from trainer.strategy import Lora, Method, ParameterPlan, Part, Shapes, Strategy, Target, make_plan, plan_rules
@@ -45,6 +48,7 @@ class Prepared:
     schedule: Schedule
     zero: dict[str, Any] | None
     """DeepSpeed's settings; None where it is off."""
+    forward_pass: ForwardPass
     no_effect: tuple[str, ...]
     """A line for each setting that changes nothing with this model, on this machine, or in DeepSpeed's settings."""
 
@@ -68,7 +72,11 @@ def prepare(resolved: Resolved) -> Prepared:
     count_tokens(config, samples)
     budget = budget_from(config, samples)
     schedule = schedule_from(config, budget)
-    return Prepared(resolved.arm, plan, tools, encoder, data, samples, budget, schedule, zero, no_effect)
+    of, bf16 = config.model, computes_in_bf16(config)
+    repeats = samples.mix.chain is None or bool(samples.mix.chain.bank)
+    keep = Keep(int(config.data.feature_cache_gigabytes * 10**9), in_training=repeats)
+    forward_pass = choose(plan, asked=of.fused, attn_impl=of.attn_impl, weights=of.torch_dtype, bf16=bf16, keep=keep)
+    return Prepared(resolved.arm, plan, tools, encoder, data, samples, budget, schedule, zero, forward_pass, no_effect)
 
 
 def count_tokens(config: Config, samples: SampleSet) -> None:
@@ -126,7 +134,7 @@ def load_base(config: Config, tools: Tools) -> Qwen3VLForConditionalGeneration:
 
 def make_engine(
     accelerator: Accelerator,
-    loss: SupervisedLoss,
+    loss: nn.Module,
     optimizer: torch.optim.Optimizer,
     trained: Sequence[TrainedTensor],
     config: Config,

@@ -14,9 +14,8 @@ from trainer.datasets import eval_sets_from, to_caption
 from trainer.display import Display
 from trainer.finish import score_checkpoints
 from trainer.gate import Gate
-from trainer.gradient_checkpointing import checkpoint_layers
 from trainer.loop import Parts, fit
-from trainer.model import SupervisedLoss, apply_plan, dtypes, trained_tensors
+from trainer.model import apply_plan, dtypes, trained_tensors
 from trainer.optim import make_optimizer
 from trainer.position import Position
 from trainer.reporter import Reporter
@@ -69,7 +68,6 @@ def run(
     with begin_on_ranks(accelerator, identity, Path(training.output_dir), asked) as begun:
         # model, wrapped as the plan says
         model = apply_plan(build.load_base(config, prepared.tools), prepared.plan, seed=training.seed)
-        checkpoint_layers(model, build.checkpointed_parts(config))
         trained = list(trained_tensors(model))
 
         # what the loop takes
@@ -78,7 +76,8 @@ def run(
         # the first rank's are those that all ranks start from
         launch.on_first_rank(accelerator, lambda: restored(begun, lambda point: resume.load_weights(point, trained)))
         optimizer = make_optimizer(trained, weight_decay=training.weight_decay)
-        loss = SupervisedLoss(model, bf16=build.computes_in_bf16(config))
+        again, bf16 = build.checkpointed_parts(config), build.computes_in_bf16(config)
+        loss = prepared.forward_pass.of(model.to(accelerator.device), bf16=bf16, checkpointed=again)
         engine = build.make_engine(accelerator, loss, optimizer, trained, config)
         restored(begun, lambda point: resume.load_moments(point, engine))
         start = begun.point.position if begun.point else Position()

@@ -28,6 +28,7 @@ def show_plan(resolved: Resolved, console: Console | None = None) -> None:
     for line in (*resolved.lines(), *prepared.no_effect):
         console.print(line, markup=False)
     console.print()
+    console.print(f"forward pass: {prepared.forward_pass.line}\n", markup=False)
     for line in _plan_lines(plan, prepared.schedule, config.training.weight_decay):
         console.print(line, markup=False)
     counts = plan.trainable_parameters()

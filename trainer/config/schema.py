@@ -21,6 +21,8 @@ class Model(Section):
     """Number format in which frozen weights are held; what is trained is float32 in any case."""
     attn_impl: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     """Attention implementation, by transformers' name; auto: flash_attention_2 where it can be, else sdpa."""
+    fused: bool = True
+    """Whether the layers' forward and backward pass are this project's fast ones; false: transformers' and PEFT's."""
 
 
 class Template(Section):
@@ -145,6 +147,8 @@ class Data(Section):
 
     dataloader_num_workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Processes that encode samples beside the training process; 0: the training process does it."""
+    feature_cache_gigabytes: Annotated[float, Field(ge=0, le=10**6)] = 4.0
+    """GB (10^9 bytes) on disk for what frozen vision blocks make of images, all runs together; 0: nothing is kept."""
 
 
 class Deepspeed(Section):
