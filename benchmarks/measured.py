@@ -86,7 +86,7 @@ def ask(job: Job, script: str, prefix: Sequence[str] = ()) -> dict[str, Any]:
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        raise RuntimeError(f"{script} {job}:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{script} {job} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     told: dict[str, Any] = json.loads(lines[-1])
     return told
 
