@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from trainer import data_commands, launch, redact, sync_command
+from trainer import collector, data_commands, launch, redact, sync_command
 from trainer.config.resolved import Resolved
 from trainer.errors import Interrupted, TrainingStopped, UserError
 from trainer.options import (
@@ -55,17 +55,21 @@ def run(
         if resolved.config.launch.ranks > 1 and not launch.is_rank():
             _run_ranks(resolved)  # the first of them looks whether the store is there
             return
-        quiet_libraries()
-        from trainer import gpus, tracking  # MLflow and torch, only when the configuration is known to be right
+        with collector.at_rest():  # MLflow and torch, only when the configuration is known to be right
+            quiet_libraries()
+            store = None
+            if launch.is_first():
+                from trainer.tracking import reach_store  # MLflow, which no other rank needs
 
-        store = tracking.reach_store() if launch.is_first() else None
-        gpus.see_only(resolved.config.launch.gpus)
+                store = reach_store()
+            from trainer import gpus
+
+            gpus.see_only(resolved.config.launch.gpus)
+            from trainer import run as root
+            from trainer.show import show_outcome
         tell(resolved)
         if store is not None and store.away:
             click.echo(f"{store.name} does not answer ({store.away}); what is logged is kept beside the run", err=True)
-        from trainer import run as root
-        from trainer.show import show_outcome
-
         outcome = root.run(resolved, logs_to=store, resume_from=resume or "auto", allow_drift=drift)
         if launch.is_first():
             show_outcome(outcome)
@@ -95,9 +99,9 @@ def plan(context: click.Context, config: str, profile: str | None, **short: str 
     """Print what a run would do, without training: settings with their origin, parameters, steps, batch."""
     resolved = resolve(context, config, profile, short)
     tell(resolved)
-    quiet_libraries()
-    from trainer.show import show_plan
-
+    with collector.at_rest():
+        quiet_libraries()
+        from trainer.show import show_plan
     show_plan(resolved)
 
 

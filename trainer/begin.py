@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from trainer import launch, names, provenance
 from trainer.addresses import Store
@@ -19,9 +19,10 @@ from trainer.redact import of_environment
 from trainer.resume import FOLDER, Point, forget_newer, forget_points, newest_good, read_point, restore_best
 from trainer.runs import Identity, RunFolder, disk, held_when_free, new_run, one_at_a_time, taken_again, unfinished
 from trainer.spool import AGAIN, BEGIN, END, Spool
-from trainer.sync import close_dead, ensure_begun
 from trainer.tracker import Diverged, SpoolTracker, Tracker
-from trainer.tracking import MlflowDoor, beginning, made_for_us, reach_store, told
+
+if TYPE_CHECKING:
+    from trainer.tracking import MlflowDoor
 
 AUTO, NEVER = "auto", "never"
 
@@ -112,6 +113,8 @@ def begin(parent: Path, identity: Identity, asked: Asked) -> Begun:
     Raises:
         ConfigError: the run is held by another process, is over, differs, or cannot be read.
     """
+    from trainer.sync import close_dead  # MLflow, which only the first rank needs
+
     hide = of_environment()
     identity = replace(identity, name=hide.text(identity.name), params=hide.tree(dict(identity.params)))
     with one_at_a_time(parent):
@@ -269,6 +272,8 @@ def open_tracker(
     Raises:
         TrackingError: the store is there and refuses.
     """
+    from trainer.tracking import MlflowDoor, beginning, told
+
     assert begun.folder is not None  # noqa: S101
     spool, redactor, door = begun.folder.spool, of_environment(), MlflowDoor(store.uri)
     if spool.last == 0:
@@ -293,8 +298,11 @@ def open_tracker(
     return tracker
 
 
-def _reach(folder: RunFolder, door: MlflowDoor) -> None:
+def _reach(folder: RunFolder, door: "MlflowDoor") -> None:
     """Make or find the MLflow run of a spool, if that can be done at once; close the one that was made for nothing."""
+    from trainer.sync import ensure_begun
+    from trainer.tracking import made_for_us
+
     try:
         ensure_begun(folder, door)
         made = made_for_us()
@@ -309,6 +317,8 @@ def _reach(folder: RunFolder, door: MlflowDoor) -> None:
 @contextmanager
 def open_aside(name: str) -> Iterator[Tracker]:
     """A tracker for work that is not a training: its spool lies in a folder that goes when all of it is delivered."""
+    from trainer.tracking import reach_store
+
     store = reach_store()
     folder = new_run(Path(tempfile.mkdtemp(prefix=f"{name}-")), Identity(name, {}, store.name))
     begun = Begun(folder.path, None, folder=folder)

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from trainer import collector
 from trainer.options import EXTRA, OVERRIDES_HELP, config_options, quiet_libraries, resolve, tell
 
 _BAD_DATA = 2
@@ -28,9 +29,9 @@ def validate(context: click.Context, config: str, profile: str | None, form: str
     """
     resolved = resolve(context, config, profile, short)
     tell(resolved)
-    quiet_libraries()
-    from trainer.show_data import show_validation
-
+    with collector.at_rest():
+        quiet_libraries()
+        from trainer.show_data import show_validation
     if errors := show_validation(resolved, form or "table", Path(out) if out else None):
         click.echo("\n".join(f"error: {error}" for error in errors), err=True)
         raise SystemExit(_BAD_DATA)
@@ -47,9 +48,9 @@ def preview(
     """Draw training records before and after augmentation, with their labels, and the text that the model learns."""
     resolved = resolve(context, config, profile, short)
     tell(resolved)
-    quiet_libraries()
-    from trainer.preview import show_preview
-
+    with collector.at_rest():
+        quiet_libraries()
+        from trainer.preview import show_preview
     show_preview(resolved, Path(out), n_records=records, n_variants=variants)
 
 

@@ -1,14 +1,15 @@
-"""Starts the ranks of a run, a process each, with torch's own launcher; and joins them to one group."""
+"""Starts the ranks of a run, a process each, and ends them together; joins them to one group."""
 
-import logging
+import ctypes
+import math
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +22,8 @@ _LOCK_SECONDS = 600.0
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 """The CPUs of Linux that are one core with this one."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_LOOK_SECONDS, _LAST_SECONDS = 0.05, 30.0
+"""Between two looks at the ranks, and what one has to end that was asked to."""
 
 
 def is_rank() -> bool:
@@ -50,49 +53,95 @@ def threads(nproc: int) -> int:
     return int(said) if said.isdecimal() else max(1, cores() // nproc)
 
 
+def may_have_gpus() -> bool:
+    """Whether torch could find a GPU here; asked before it is imported, which takes a second."""
+    try:
+        ctypes.CDLL("libcuda.so.1")  # NVIDIA's driver, without which CUDA finds nothing
+    except OSError:
+        return Path("/dev/kfd").exists()  # AMD's
+    return True
+
+
 def start(nproc: int, arguments: Sequence[str]) -> int:
     """Run `python -m trainer ARGUMENTS` on `nproc` ranks of this machine, to their end.
 
-    Ranks share the cores, see `threads`. When one dies the others are ended.
+    Ranks share the cores, see `threads`. When one dies the others are asked to end, and so are all when this process is
+    asked; who has not ended half a minute later is killed. This process imports no torch: its ranks begin at once.
 
     Returns:
         The exit status of the rank that failed first, or 0.
 
     Raises:
         ConfigError: more ranks than GPUs, where there are GPUs.
+        KeyboardInterrupt: the ranks were ended by it.
     """
-    logging.disable(logging.CRITICAL)  # of torch's launcher: the ranks themselves say what went wrong
-    import torch
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    if may_have_gpus():
+        import torch
 
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < nproc:
-        raise ConfigError("launch.nproc", f"{nproc} on a machine with {gpus} GPUs", f"1 to {gpus}", f"set it to {gpus}")
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads(nproc)))
-    settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        signals_to_handle=",".join(s.name for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN),  # nohup
-    )
+        gpus = torch.cuda.device_count()
+        if 0 < gpus < nproc:
+            here = f"{nproc} on a machine with {gpus} GPUs"
+            raise ConfigError("launch.nproc", here, f"1 to {gpus}", f"set it to {gpus}")
+    asked: list[int] = []
+    before = {s: signal.getsignal(s) for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN}  # nohup
+    for number in before:
+        signal.signal(number, lambda number, _: asked.append(number))
     signal.signal(signal.SIGUSR1, lambda number, _: pass_on(number))
     try:
-        elastic_launch(settings, sys.executable)("-m", "trainer", *arguments)
-    except ChildFailedError as error:
-        status: int = error.get_first_failure()[1].exitcode
-        return status if status >= 0 else 128 - status
-    except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        return 128 + int(error.sigval)
-    return 0
+        status = _to_their_end(nproc, [sys.executable, "-m", "trainer", *arguments], asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked and asked[0] == signal.SIGINT:
+        raise KeyboardInterrupt
+    return 128 + asked[0] if asked else status
+
+
+def _to_their_end(nproc: int, command: Sequence[str], asked: list[int]) -> int:
+    """Start a command as so many ranks and wait until the last has ended; the status of the one that failed first.
+
+    Args:
+        nproc: how many.
+        command: what each runs.
+        asked: signals that have come to this process, and come while it waits; each is passed on.
+    """
+    ranks: list[subprocess.Popen[bytes]] = []
+    status, passed_on, until = 0, 0, math.inf
+    with _free_port() as port:
+        for rank in range(nproc):
+            ranks.append(subprocess.Popen(command, env=_environment(rank, nproc, port), start_new_session=True))
+        while None in (states := [rank.poll() for rank in ranks]):
+            failed = next((state for state in states if state), 0)
+            tell = list(asked[passed_on:])
+            passed_on += len(tell)
+            if failed and not status:
+                status, tell = failed, [*tell, signal.SIGTERM]
+            if tell:
+                until = min(until, time.monotonic() + _LAST_SECONDS)
+            for number in tell if time.monotonic() < until else [signal.SIGKILL]:
+                for process in ranks:
+                    process.send_signal(number)
+            time.sleep(_LOOK_SECONDS)
+    status = status or next((state for state in states if state), 0)
+    return status if status >= 0 else 128 - status
+
+
+def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
+    """What makes a process a rank, as torch's launcher says it."""
+    mine = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }  # fmt: skip
+    return {"OMP_NUM_THREADS": str(threads(nproc))} | os.environ | {name: str(value) for name, value in mine.items()}
+
+
+@contextmanager
+def _free_port() -> Iterator[int]:
+    """A port that nobody else is given while this lasts; the first rank listens on it."""
+    with socket.socket() as kept:
+        kept.bind(("127.0.0.1", 0))
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not before: else two launchers may get the same
+        yield kept.getsockname()[1]
 
 
 def join(nproc: int, make_zero: Callable[[], Any] | None) -> Any:

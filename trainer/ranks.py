@@ -86,6 +86,8 @@ def _started(whole: int, where: str) -> int:
 
 def _visible_gpus(resolved: Resolved) -> int:
     """GPUs that a run may use."""
+    if not launch.may_have_gpus():
+        return 0
     from trainer import gpus  # imports torch
 
     return gpus.count(resolved.config.launch.gpus)

@@ -22,7 +22,6 @@ from trainer.reporter import Reporter
 from trainer.runs import Identity
 from trainer.signals import SIGNALS
 from trainer.tracker import Tracker
-from trainer.tracking import reach_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +55,16 @@ def run(
         TrainingStopped: the gate failed or a number was not finite; the MLflow run is FAILED.
         Interrupted: somebody has asked for the end; the run can be resumed.
     """
+    if logs_to is None and launch.is_first():
+        from trainer.tracking import reach_store  # MLflow, which no other rank needs
+
+        logs_to = reach_store()
     prepared = build.prepare(resolved)
     config, training, budget = resolved.config, resolved.config.training, prepared.budget
     run_name = training.run_name or f"{prepared.name}-seed{training.seed}"
     accelerator = build.join_ranks(prepared, config)
     rank, ranks, first = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    store = launch.on_first_rank(accelerator, lambda: logs_to or reach_store())
+    store = launch.on_first_rank(accelerator, lambda: logs_to)
     rests = launch.on_first_rank(accelerator, lambda: facts.rests_on(resolved, prepared))
     identity = Identity(run_name, {**resolved.params(), **rests}, store.name)
     asked = Asked(resume_from, allow_drift, budget.total_steps, training.early_stopping_patience)

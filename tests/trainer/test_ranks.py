@@ -32,6 +32,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def machine(monkeypatch: pytest.MonkeyPatch, *, cores: int = 2, gpus: int = 0) -> None:
     """What this machine has."""
     monkeypatch.setattr(launch, "cores", lambda: cores)
+    monkeypatch.setattr(launch, "may_have_gpus", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
 
 

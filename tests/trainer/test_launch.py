@@ -1,0 +1,123 @@
+"""Ranks as processes: what they are told, how they end together, and that whoever starts them imports no torch."""
+
+import gc
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from trainer import collector, launch
+
+
+def ranks(script: str, asked: list[int] | None = None, n: int = 2) -> int:
+    """The status of so many ranks that run a few lines of Python."""
+    prelude = "import os, signal, sys, time; rank = int(os.environ['RANK'])\n"
+    return launch._to_their_end(n, [sys.executable, "-c", prelude + script], [] if asked is None else asked)
+
+
+def test_each_rank_is_told_its_place_and_where_they_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables of torch's launcher; cores are shared, unless the user has said how many threads."""
+    monkeypatch.setattr(launch, "cores", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "MASTER_PORT"]
+    script = f"open(r'{tmp_path}/' + str(rank), 'w').write(' '.join(os.environ[name] for name in {names}))"
+    assert ranks(script) == 0
+    first, second = ((tmp_path / str(rank)).read_text().split() for rank in range(2))
+    assert first[:-1] == ["0", "0", "2", "2", "127.0.0.1", "2"] and second[:-1] == [
+        "1",
+        "1",
+        "2",
+        "2",
+        "127.0.0.1",
+        "2",
+    ]
+    assert first[-1] == second[-1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert launch._environment(0, 2, 1)["OMP_NUM_THREADS"] == "3"
+
+
+def test_the_port_is_the_first_ranks_alone() -> None:
+    """Torch's store, which allows reuse, may listen on it; nobody is given it by chance."""
+    with launch._free_port() as port, socket.socket() as other, socket.socket() as store:
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        store.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        store.bind(("0.0.0.0", port))
+        store.listen()
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("", 0),
+        ("time.sleep(rank)", 0),
+        ("sys.exit(3 if rank else 0)", 3),
+        ("time.sleep(rank * 60); sys.exit(2 + rank)", 2),
+        ("rank and os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)", 128 + signal.SIGKILL),
+    ],
+)
+def test_the_rank_that_fails_first_gives_the_status_and_ends_the_others(script: str, expected: int) -> None:
+    """At once, not after the minute that they would have slept; a rank that is through ends nobody."""
+    started = time.monotonic()
+    assert ranks(script) == expected
+    assert time.monotonic() - started < 20
+
+
+def test_every_signal_is_passed_on_to_every_rank(tmp_path: Path) -> None:
+    """The second Ctrl-C too, which is another wish than the first."""
+    asked: list[int] = []
+    script = (
+        f"seen = open(r'{tmp_path}/' + str(rank), 'ab', buffering=0)\n"
+        "signal.signal(signal.SIGINT, lambda *_: seen.write(b'int '))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (seen.write(b'term '), sys.exit(0)))\n"
+        "seen.write(b'ready '); time.sleep(60); time.sleep(60)"
+    )
+
+    def ask() -> None:
+        for words, number in ((1, signal.SIGINT), (2, signal.SIGINT), (3, signal.SIGTERM)):
+            while any(len(path.read_text().split()) < words for path in (tmp_path / "0", tmp_path / "1")):
+                time.sleep(0.05)
+            asked.append(number)
+
+    for rank in "01":
+        (tmp_path / rank).touch()
+    threading.Thread(target=ask, daemon=True).start()
+    assert ranks(script, asked) == 0
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["ready int int term "] * 2
+
+
+def test_a_rank_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may hang in an exchange that nobody answers."""
+    monkeypatch.setattr(launch, "_LAST_SECONDS", 0.3)
+    script = (
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x', flush=True)\nif rank: time.sleep(1); sys.exit(4)\n"
+    )
+    assert ranks(script + "time.sleep(60)") == 4
+
+
+def test_whoever_starts_ranks_imports_no_torch() -> None:
+    """Where there can be no GPU to count: its ranks wait for it."""
+    script = (
+        "import sys; from trainer import __main__, launch, ranks; from trainer.config.load import load\n"
+        "launch.may_have_gpus = lambda: False\n"
+        "ranks.settled(load('last6_lora'), 'auto')\n"
+        "sys.executable = 'true'; assert launch.start(2, []) == 0\n"
+        "print('torch' not in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+def test_the_collector_rests_while_libraries_are_imported_and_works_afterwards() -> None:
+    """Also where an import fails; what was there is not gone through again."""
+    before = gc.get_freeze_count()
+    with pytest.raises(ImportError), collector.at_rest():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled() and gc.get_freeze_count() > before
+    gc.unfreeze()
