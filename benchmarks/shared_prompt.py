@@ -144,7 +144,7 @@ def main() -> None:
     for row in rows:
         print(json.dumps(row))
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps({**facts(), "threads": torch.get_num_threads(), "runs": rows}, indent=1) + "\n")
+    OUT.write_text(json.dumps({"facts": facts(), "threads": torch.get_num_threads(), "runs": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
