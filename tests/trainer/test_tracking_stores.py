@@ -46,10 +46,11 @@ def test_file_stores_are_refused_with_one_message(uri: str, tmp_path: Path, monk
     ],
 )
 def test_a_store_that_cannot_be_used_is_told_quickly_without_its_password(
-    uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """One message within twenty seconds, where MLflow alone retries for minutes; nobody sees the password."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)
     started = time.monotonic()
     with pytest.raises(TrackingError) as raised:
         open_run(run_name="r")
