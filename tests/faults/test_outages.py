@@ -63,6 +63,13 @@ def restart(server: ServerProcess, times: int, seconds: float, training: subproc
     return times
 
 
+def until_it_is_there(store: str, process: subprocess.Popen[str]) -> None:
+    """Wait for the run of a process to begin."""
+    ends = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < ends and not runs_in(store):
+        time.sleep(0.2)
+
+
 def test_a_server_that_is_killed_and_lies_costs_no_row(
     tmp_path: Path, server: ServerProcess, request: pytest.FixtureRequest
 ) -> None:
@@ -95,7 +102,7 @@ def test_a_server_that_is_killed_and_lies_costs_no_row(
         reader = threading.Thread(target=lambda: said.extend(process.stderr or []))
         reader.start()
         try:
-            time.sleep(8)
+            until_it_is_there(server.uri, process)  # making one can happen twice, see docs/reliability.md
             proxy.set_random(5, weights)
             killed = restart(server, restarts, 6.0, process)
             process.wait(900)
