@@ -86,17 +86,22 @@ def curves(result: Result) -> str:
 
 
 def peers(result: Result) -> str:
-    """A row for each kind of work, a column for each peer."""
+    """A row for each kind of work, a column for each peer: samples a second with their range, and peak memory."""
     names = list(dict.fromkeys(run["name"] for run in result["runs"]))
-    rows = []
+    rows, counts = [], set()
     for (arm, checkpointing), runs in _groups(result["runs"], "arm", "checkpointing"):
+        row = [f"{arm}{', checkpointing' if checkpointing else ''}"]
         cells = {name: of for (name,), of in _groups(runs, "name")}
-        rows.append([f"{arm}{', checkpointing' if checkpointing else ''}"] + [
-            f"{_median(cells[name], 'samples_per_second'):.2f} ({_median(cells[name], 'peak_bytes') / 2**20:.0f} MiB)"
-            if name in cells else "–" for name in names
-        ])  # fmt: skip
+        for name in names:
+            of = cells.get(name, [])
+            counts.add(len(of))
+            rates = [run["samples_per_second"] for run in of]
+            spread = f"{median(rates):.2f} ({min(rates):.2f} to {max(rates):.2f})" if of else ""
+            row.append(f"{spread}, {_median(of, 'peak_bytes') / 2**20:.0f} MiB" if of else "–")
+        rows.append(row)
     versions = "; ".join(f"{name}: {text}" for name, text in result["versions"].items())
-    return f"{_machine(result)} {versions}.\n\n{_markdown(('samples/s (peak)', *names), rows)}"
+    told = f"Medians of {min(counts - {0})} to {max(counts)} processes. {versions}."
+    return f"{_machine(result)} {told}\n\n{_markdown(('samples/s (range), peak', *names), rows)}"
 
 
 def breakdown(result: Result) -> str:
