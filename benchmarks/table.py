@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "performance"
 PAGE = ROOT / "docs" / "performance.md"
 BASELINE = "Trainer + PEFT"
+FORMS_OF_PROMPT = ("shared", "repeated")
 Result = dict[str, Any]
 Run = dict[str, Any]
 
@@ -127,6 +128,38 @@ def kernels(result: Result) -> str:
     return f"{_machine(result)}\n\n{_markdown(head, rows, left=2)}"
 
 
+def startup(result: Result) -> str:
+    """A row for each number of ranks: medians of the seconds from the start of a process to each moment."""
+    runs = _groups(result["runs"], "ranks")
+    moments = [moment for moment in result["runs"][0] if moment != "ranks"]
+    rows = [[str(ranks), *(f"{_median(of, moment):.1f}" for moment in moments)] for (ranks,), of in runs]
+    return f"{_machine(result)} {result['arm']}, pocket.\n\n{_markdown(('ranks', *moments), rows)}"
+
+
+def whole_run(result: Result) -> str:
+    """A row for each form: medians of seconds to the loss and to the end of the process."""
+    rows = []
+    for (form,), runs in _groups(result["runs"], "form"):
+        of = [run for run in runs if run["seconds_to_loss"]]
+        reached = f"{_median(of, 'seconds_to_loss'):.0f}" if of else "–"
+        rows.append([form, reached, f"{_median(runs, 'seconds'):.0f}", str(len(runs))])
+    head = ("form", f"seconds to eval loss {result['loss']:g}", "to the end", "runs")
+    return f"{_machine(result)} {result['arm']}, pocket.\n\n{_markdown(head, rows)}"
+
+
+def shared_prompt(result: Result) -> str:
+    """A row for each length: seconds shared and repeated, each beside those without any words."""
+    rows = []
+    for (model,), runs in _groups(result["runs"], "model"):
+        bare = runs[0]["shared"]
+        for run in runs:
+            attention = [f"{run[key]:.3f}" if (key := f"{form}, attention") in run else "" for form in FORMS_OF_PROMPT]
+            seconds = [f"{run[form]:.3f} ({run[form] / bare:.2f})" for form in FORMS_OF_PROMPT]
+            rows.append([model, str(run["words"]), str(run["tokens"]), *seconds, *attention])
+    head = ("model", "words", "tokens", *FORMS_OF_PROMPT, *(f"attention of {form}" for form in FORMS_OF_PROMPT))
+    return f"{_machine(result)} Seconds, and how many times those without words.\n\n{_markdown(head, rows)}"
+
+
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "throughput": ("throughput", throughput),
     "each": ("each", each),
@@ -134,6 +167,9 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "peers": ("peers", peers),
     "breakdown": ("breakdown", breakdown),
     "kernels": ("breakdown", kernels),
+    "startup": ("startup", startup),
+    "whole_run": ("whole_run", whole_run),
+    "shared_prompt": ("shared_prompt", shared_prompt),
 }
 """Name of a table -> its file of results, and what makes it."""
 

@@ -67,3 +67,9 @@ def test_curves_tell_the_largest_difference() -> None:
     losses = {table.BASELINE: [4.0, 3.0, 2.0], "ours": [4.0, 3.25, 2.0]}
     made = table.curves(result(*(one(name, 1.0, losses=of) for name, of in losses.items())))
     assert made.splitlines()[-1] == "| a | ours | 4.000000 | 2.000000 | 2.5e-01 |"
+
+
+def test_startup_is_the_median_of_each_moment() -> None:
+    """Of three runs on two ranks."""
+    runs = [{"ranks": 2, "arguments read": 1.0, "first step": step} for step in (4.0, 9.0, 5.0)]
+    assert table.startup(result(*runs, arm="a")).splitlines()[-1] == "| 2 | 1.0 | 5.0 |"
