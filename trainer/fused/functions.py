@@ -133,6 +133,17 @@ def swiglu_backward(da: Tensor, gate_up: Tensor) -> Tensor:
     return torch.cat((dgate, torch.nn.functional.silu(gate).mul_(da)), -1)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU by its tangent (Hendrycks & Gimpel 2016, arXiv:1606.08415); (T, M)."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def gelu_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """(T, M) -> gradient of `x`, (T, M)."""
+    dx: Tensor = torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
+    return dx
+
+
 @compiled_on_gpu
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Layer norm over the last dimension: (T, D) in the format of `x`, and mean and factor, (T, 1) float32."""

@@ -5,34 +5,22 @@ computed again (norms, gates). Under gradient checkpointing it keeps its input a
 all but its widest rows, while there is room.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from trainer.fused.functions import (
-    layer_norm,
-    layer_norm_backward,
-    rms_norm,
-    rms_norm_backward,
-    rms_norm_weight_gradient,
-    rotate,
-    swiglu,
-    swiglu_backward,
-    turn_heads,
-    turn_heads_backward,
-    wide,
-)
+from trainer.fused.functions import gelu, gelu_backward, swiglu, swiglu_backward
+from trainer.fused.norms import Heads, LayerNorm, Norm, RmsNorm
 from trainer.fused.products import Projection, live
 from trainer.fused.segments import Segments
 from trainer.fused.shared import Words, attend, attend_backward
 
-# Shapes: T rows of D numbers; h heads, g key heads of d numbers; M numbers of the widest layer.
+# Shapes: T rows of D numbers; g key heads of d numbers.
 
 
 @dataclass(frozen=True)
@@ -76,37 +64,51 @@ class Kept(NamedTuple):
     """What a layer keeps from forward to backward; None where it has no such thing."""
 
     x: Tensor
-    norm1: Tensor
+    factor1: Tensor
     mean1: Tensor | None
     qkv: Tensor
     attended: Tensor
     sums: Tensor
     middle: Tensor
-    norm2: Any
-    mean2: Tensor | None
-    wide: Any
-    """None, as `norm2`, up to the middle, and where it is made again."""
     low1: Tensor | None
     low2: Tensor | None
-    low3: Tensor | None
-    low4: Tensor | None
+    factor2: Any = None
+    """None, as all that follows, up to the middle, and `wide` where it is made again."""
+    mean2: Tensor | None = None
+    wide: Any = None
+    low3: Tensor | None = None
+    low4: Tensor | None = None
 
 
-class Layer(ABC):
-    """Attention and MLP, each behind a norm and beside a residual: what a decoder layer and a vision block share."""
+class Gate(NamedTuple):
+    """What the MLP does to its widest rows."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+    """From the gradient of what comes out, and what went in."""
+
+
+class Layer:
+    """Attention and MLP, each behind a norm and beside a residual: a decoder layer or a vision block."""
 
     checkpointed = False
     """Whether its gradient runs it forward again, instead of keeping what came out."""
 
-    def __init__(
-        self, qkv: Projection, out: Projection, up: Projection, down: Projection, norms: Sequence[nn.Parameter]
-    ) -> None:
-        """Of its projections, into heads, out of heads, into the MLP and out of it, and the weights of its norms."""
-        self.qkv, self.out, self.up, self.down, self.norms = qkv, out, up, down, norms
-        projections = (qkv, out, up, down)
-        self.trained = [weight for weight in norms if weight.requires_grad]
-        """What of it trains: norms, then projections."""
-        self.trained += [p for projection in projections for p in projection.trained]
+    def __init__(self, norms: tuple[Norm, Norm], heads: Heads, projections: Sequence[Projection], gate: Gate) -> None:
+        """Of its parts.
+
+        Args:
+            norms: before attention, and before the MLP.
+            heads: of attention.
+            projections: into heads, out of heads, into the MLP and out of it.
+            gate: of the MLP.
+        """
+        self.norm1, self.norm2 = norms
+        self.qkv, self.out, self.up, self.down = projections
+        self.heads, self.gate = heads, gate
+        parts: list[Norm | Heads | Projection] = [*norms, heads, *projections]
+        self.trained = [p for part in parts for p in part.trained]
+        """What of it trains, in the order of its parts."""
         self.drops = any(projection.dropout for projection in projections)
         """Whether its adapters drop anything."""
 
@@ -127,44 +129,66 @@ class Layer(ABC):
         """New dropout masks."""
         if not self.drops:
             return _NO_MASKS
-        return (
-            self.qkv.mask(rows, device),
-            self.out.mask(rows, device),
-            self.up.mask(rows, device),
-            (self.down.mask(rows, device)),
-        )
+        qkv, out, up, down = (part.mask(rows, device) for part in (self.qkv, self.out, self.up, self.down))
+        return qkv, out, up, down
 
     def forward(self, x: Tensor, rows: Rows, masks: Masks) -> tuple[Tensor, Kept]:
         """(T, D) -> (T, D), and all that `backward` needs."""
         kept = self.until_wide(x, rows, masks)
-        y, low4 = self.down.forward(self.gate(kept.wide), masks[3])
+        y, low4 = self.down.forward(self.gate.forward(kept.wide), masks[3])
         y += kept.middle
         return y, kept._replace(low4=low4)
 
     def again(self, x: Tensor, rows: Rows, masks: Masks) -> Kept:
         """All that `backward` needs, without the output."""
         kept = self.until_wide(x, rows, masks)
-        return kept._replace(low4=self.down.low(self.gate(kept.wide), masks[3]))
+        return kept._replace(low4=self.down.low(self.gate.forward(kept.wide), masks[3]))
 
     def until_wide(self, x: Tensor, rows: Rows, masks: Masks) -> Kept:
         """Forward, up to what goes into the MLP's gate."""
         return self.widened(self.until_middle(x, rows, masks), masks)
 
-    @abstractmethod
     def until_middle(self, x: Tensor, rows: Rows, masks: Masks) -> Kept:
         """Forward, up to the residual between attention and MLP."""
+        normed, scale = self.norm1.forward(x)
+        qkv, low1 = self.qkv.forward(normed, masks[0])
+        attended, sums = attend(*self.heads.split(qkv, rows.cos, rows.sin), rows.segments, rows.words)
+        outer, low2 = self.out.forward(attended.flatten(1), masks[1])
+        return Kept(x, *scale, qkv, attended, sums, outer.add_(x), low1, low2)
 
-    @abstractmethod
     def widened(self, kept: Kept, masks: Masks) -> Kept:
         """The same from there to what goes into the MLP's gate."""
+        normed, (factor2, mean2) = self.norm2.forward(kept.middle)
+        wide, low3 = self.up.forward(normed, masks[2])
+        return kept._replace(factor2=factor2, mean2=mean2, wide=wide, low3=low3)
 
-    @abstractmethod
-    def gate(self, wide: Tensor) -> Tensor:
-        """What the MLP does to its widest rows."""
+    def with_keys(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, (T, D), and its keys and values, (T, g, d), for rows that come later; nothing drops out."""
+        y, kept = self.forward(x, rows, _NO_MASKS)
+        _, keys, values = self.heads.split(kept.qkv, rows.cos, rows.sin)
+        return y, keys, values
 
-    @abstractmethod
     def backward(self, dy: Tensor, kept: Kept, rows: Rows, masks: Masks) -> tuple[Tensor, list[Tensor]]:
         """Gradient of the input, (T, D), and of `trained`."""
+        scale1, scale2 = (kept.factor1, kept.mean1), (kept.factor2, kept.mean2)
+        # what went into a projection is made again where that one's own gradient asks for it
+        gated = self.gate.forward(kept.wide) if self.down.trained else dy
+        dgated, of_down = self.down.backward(dy, gated, masks[3], kept.low4)
+        dwide = self.gate.backward(dgated, kept.wide)
+        normed = self.norm2.again(kept.middle, scale2) if self.up.trained else dy
+        dnormed, of_up = self.up.backward(dwide, normed, masks[2], kept.low3)
+        dmiddle, of_norm2 = self.norm2.backward(dnormed, kept.middle, scale2, dy)
+        dattended, of_out = self.out.backward(dmiddle, kept.attended.flatten(1), masks[1], kept.low2)
+
+        q, k, v = self.heads.split(kept.qkv, rows.cos, rows.sin)
+        gradients = attend_backward(
+            dattended.view(q.shape), q, k, v, kept.attended, kept.sums, rows.segments, rows.words
+        )
+        dqkv, of_heads = self.heads.backward(gradients, kept.qkv, rows.cos, rows.sin)
+        normed = self.norm1.again(kept.x, scale1) if self.qkv.trained else dy
+        dnormed, of_qkv = self.qkv.backward(dqkv, normed, masks[0], kept.low1)
+        dx, of_norm1 = self.norm1.backward(dnormed, kept.x, scale1, dmiddle)
+        return dx, [*of_norm1, *of_norm2, *of_heads, *of_qkv, *of_out, *of_up, *of_down]
 
 
 class _LayerFunction(torch.autograd.Function):
@@ -209,96 +233,19 @@ class DecoderLayer(Layer):
         """Take over a `Qwen3VLTextDecoderLayer`, PEFT-wrapped or not."""
         module = live(module)
         attention, mlp = live(module.self_attn), live(module.mlp)
-        norms = (module.input_layernorm, module.post_attention_layernorm, attention.q_norm, attention.k_norm)
-        self._norm1, self._norm2, self._qnorm, self._knorm = (live(norm).weight for norm in norms)
+        config = attention.config
+        qnorm, knorm = RmsNorm(live(attention.q_norm)), RmsNorm(live(attention.k_norm))
         super().__init__(
-            Projection([attention.q_proj, attention.k_proj, attention.v_proj]), Projection([attention.o_proj]),
-            Projection([mlp.gate_proj, mlp.up_proj]), Projection([mlp.down_proj]),
-            (self._norm1, self._norm2, self._qnorm, self._knorm),
-        )  # fmt: skip
-        self._eps: float = live(module.input_layernorm).variance_epsilon
-        self._d: int = attention.head_dim
-        self._h, self._g = (attention.config.num_attention_heads, attention.config.num_key_value_heads)
-
-    def until_middle(self, x: Tensor, rows: Rows, masks: Masks) -> Kept:
-        """See `Layer`."""
-        normed, norm1 = rms_norm(x, self._norm1, self._eps)
-        qkv, low1 = self.qkv.forward(normed, masks[0])
-        q, k, v = self._heads(qkv, rows)
-        attended, sums = attend(q, k, v, rows.segments, rows.words)
-        outer, low2 = self.out.forward(attended.flatten(1), masks[1])
-        middle = outer.add_(x)
-        return Kept(x, norm1, None, qkv, attended, sums, middle, None, None, None, low1, low2, None, None)
-
-    def widened(self, kept: Kept, masks: Masks) -> Kept:
-        """See `Layer`."""
-        normed, norm2 = rms_norm(kept.middle, self._norm2, self._eps)
-        wide, low3 = self.up.forward(normed, masks[2])
-        return kept._replace(norm2=norm2, wide=wide, low3=low3)
-
-    def gate(self, wide: Tensor) -> Tensor:
-        """See `Layer`."""
-        return swiglu(wide)
-
-    def with_keys(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Output, (T, D), and its keys and values, (T, g, d), for rows that come later; nothing drops out."""
-        y, kept = self.forward(x, rows, _NO_MASKS)
-        _, keys, values = self._heads(kept.qkv, rows)
-        return y, keys, values
-
-    def _heads(self, qkv: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values."""
-        heads = qkv.view(len(qkv), -1, self._d)
-        n = self._h + self._g
-        turned = turn_heads(heads[:, :n], self._head_weights(), rows.cos, rows.sin, self._eps)
-        return turned[:, : self._h], turned[:, self._h :], heads[:, n:]
-
-    def _head_weights(self) -> Tensor:
-        """(h + g, d)."""
-        return torch.cat((self._qnorm.expand(self._h, -1), self._knorm.expand(self._g, -1)))
-
-    def backward(self, dy: Tensor, kept: Kept, rows: Rows, masks: Masks) -> tuple[Tensor, list[Tensor]]:
-        """See `Layer`."""
-        dgated, of_down = self.down.backward(dy, swiglu(kept.wide) if self.down.trained else dy, masks[3], kept.low4)
-        dwide = swiglu_backward(dgated, kept.wide)
-        normed = self._again(kept.middle, self._norm2, kept.norm2, self.up)
-        dnormed, of_up = self.up.backward(dwide, normed, masks[2], kept.low3)
-        dmiddle = rms_norm_backward(dnormed, kept.middle, self._norm2, kept.norm2, dy)
-        dattended, of_out = self.out.backward(dmiddle, kept.attended.flatten(1), masks[1], kept.low2)
-
-        q, k, v = self._heads(kept.qkv, rows)
-        dq, dk, dv = attend_backward(
-            dattended.view(len(dy), -1, self._d), q, k, v, kept.attended, kept.sums, rows.segments, rows.words
+            (RmsNorm(live(module.input_layernorm)), RmsNorm(live(module.post_attention_layernorm))),
+            Heads(config.num_attention_heads, config.num_key_value_heads, qnorm, knorm),
+            (
+                Projection([attention.q_proj, attention.k_proj, attention.v_proj]),
+                Projection([attention.o_proj]),
+                Projection([mlp.gate_proj, mlp.up_proj]),
+                Projection([mlp.down_proj]),
+            ),
+            Gate(swiglu, swiglu_backward),
         )
-        heads, weights, n = kept.qkv.view(len(dy), -1, self._d), self._head_weights(), self._h + self._g
-        dheads = torch.empty_like(heads)
-        for own, columns in ((dq, slice(self._h)), (dk, slice(self._h, n))):
-            turn_heads_backward(
-                own, heads[:, columns], weights[columns], rows.cos, rows.sin, self._eps, dheads[:, columns]
-            )
-        dheads[:, n:] = dv
-        dqkv = dheads.flatten(1)
-        normed = self._again(kept.x, self._norm1, kept.norm1, self.qkv)
-        dnormed1, of_qkv = self.qkv.backward(dqkv, normed, masks[0], kept.low1)
-        dx = rms_norm_backward(dnormed1, kept.x, self._norm1, kept.norm1, dmiddle)
-
-        of_norms: list[Tensor] = []
-        if any(weight.requires_grad for weight in self.norms):
-            dturned, normed = rotate(torch.cat((dq, dk), 1), rows.cos, -rows.sin), heads[:, :n]
-            of_heads = rms_norm_weight_gradient(dturned, normed, rms_norm(normed, weights, self._eps)[1])
-            of_norms = [
-                rms_norm_weight_gradient(dnormed1, kept.x, kept.norm1),
-                rms_norm_weight_gradient(dnormed, kept.middle, kept.norm2),
-                of_heads[: self._h].sum(0),
-                of_heads[self._h :].sum(0),
-            ]
-            of_norms = [g.to(w.dtype) for g, w in zip(of_norms, self.norms, strict=True) if w.requires_grad]
-        return dx, [*of_norms, *of_qkv, *of_out, *of_up, *of_down]
-
-    @staticmethod
-    def _again(x: Tensor, weight: Tensor, factor: Tensor, reader: Projection) -> Tensor:
-        """What a norm has given to a projection, where that one's gradient asks for it."""
-        return (wide(x) * factor).to(x.dtype).mul_(weight) if reader.trained else x
 
 
 class VisionBlock(Layer):
@@ -308,69 +255,10 @@ class VisionBlock(Layer):
         """Take over a `Qwen3VLVisionBlock`, PEFT-wrapped or not."""
         module = live(module)
         attention, mlp = live(module.attn), live(module.mlp)
-        self._norm1, self._norm2 = live(module.norm1), live(module.norm2)
+        projections = (attention.qkv, attention.proj, mlp.linear_fc1, mlp.linear_fc2)
         super().__init__(
-            Projection([attention.qkv]), Projection([attention.proj]),
-            Projection([mlp.linear_fc1]), Projection([mlp.linear_fc2]),
-            [p for norm in (self._norm1, self._norm2) for p in (norm.weight, norm.bias)],
-        )  # fmt: skip
-        self._eps: float = self._norm1.eps
-        self._h: int = attention.num_heads
-
-    def until_middle(self, x: Tensor, rows: Rows, masks: Masks) -> Kept:
-        """See `Layer`."""
-        normed, mean1, norm1 = layer_norm(x, self._norm1.weight, self._norm1.bias, self._eps)
-        qkv, low1 = self.qkv.forward(normed, masks[0])
-        q, k, v = self._heads(qkv, rows)
-        attended, sums = attend(q, k, v, rows.segments, rows.words)
-        outer, low2 = self.out.forward(attended.flatten(1), masks[1])
-        middle = outer.add_(x)
-        return Kept(x, norm1, mean1, qkv, attended, sums, middle, None, None, None, low1, low2, None, None)
-
-    def widened(self, kept: Kept, masks: Masks) -> Kept:
-        """See `Layer`."""
-        normed, mean2, norm2 = layer_norm(kept.middle, self._norm2.weight, self._norm2.bias, self._eps)
-        wide, low3 = self.up.forward(normed, masks[2])
-        return kept._replace(norm2=norm2, mean2=mean2, wide=wide, low3=low3)
-
-    def gate(self, wide: Tensor) -> Tensor:
-        """See `Layer`."""
-        return nn.functional.gelu(wide, approximate="tanh")
-
-    def _heads(self, qkv: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        heads = qkv.view(len(qkv), 3 * self._h, -1)
-        turned = turn_heads(heads[:, : 2 * self._h], None, rows.cos, rows.sin, 0.0)
-        return turned[:, : self._h], turned[:, self._h :], heads[:, 2 * self._h :]
-
-    def backward(self, dy: Tensor, kept: Kept, rows: Rows, masks: Masks) -> tuple[Tensor, list[Tensor]]:
-        """See `Layer`."""
-        gated = self.gate(kept.wide) if self.down.trained else dy
-        dgated, of_down = self.down.backward(dy, gated, masks[3], kept.low4)
-        dwide = torch.ops.aten.gelu_backward(dgated, kept.wide, approximate="tanh")
-        first, second = self._norm1, self._norm2
-        normed = layer_norm(kept.middle, second.weight, second.bias, self._eps)[0] if self.up.trained else dy
-        dnormed, of_up = self.up.backward(dwide, normed, masks[2], kept.low3)
-        assert kept.mean1 is not None and kept.mean2 is not None  # noqa: S101
-        dmiddle, *of_norm2 = layer_norm_backward(
-            dnormed, kept.middle, second.weight, second.bias, kept.mean2, kept.norm2
+            (LayerNorm(live(module.norm1)), LayerNorm(live(module.norm2))),
+            Heads(attention.num_heads, attention.num_heads),
+            [Projection([each]) for each in projections],
+            Gate(gelu, gelu_backward),
         )
-        dmiddle += dy
-        dattended, of_out = self.out.backward(dmiddle, kept.attended.flatten(1), masks[1], kept.low2)
-
-        q, k, v = self._heads(kept.qkv, rows)
-        dq, dk, dv = attend_backward(
-            dattended.view(len(dy), self._h, -1), q, k, v, kept.attended, kept.sums, rows.segments, rows.words
-        )
-        heads = kept.qkv.view(len(dy), 3 * self._h, -1)
-        dheads = torch.empty_like(heads)
-        for own, columns in ((dq, slice(self._h)), (dk, slice(self._h, 2 * self._h))):
-            turn_heads_backward(own, heads[:, columns], None, rows.cos, rows.sin, 0.0, dheads[:, columns])
-        dheads[:, 2 * self._h :] = dv
-        dqkv = dheads.flatten(1)
-        normed = layer_norm(kept.x, first.weight, first.bias, self._eps)[0] if self.qkv.trained else dy
-        dnormed, of_qkv = self.qkv.backward(dqkv, normed, masks[0], kept.low1)
-        dx, *of_norm1 = layer_norm_backward(dnormed, kept.x, first.weight, first.bias, kept.mean1, kept.norm1)
-        dx += dmiddle
-        pairs = zip((*of_norm1, *of_norm2), self.norms, strict=True)
-        of_norms = [grad.to(weight.dtype) for grad, weight in pairs if weight.requires_grad]
-        return dx, [*of_norms, *of_qkv, *of_out, *of_up, *of_down]

@@ -11,8 +11,8 @@ from trainer.fused import native
 
 # Shapes: T rows of all segments; h heads, g key heads (h a multiple of g), d numbers of a head.
 
-FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _NOTHING_SHARED = (None, 0, None, 0, 0)
 
 
@@ -54,35 +54,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor,
     Returns:
         (T, h, d), and the logarithms of the softmax's sums, (h, T) float32, for `attend_backward`.
     """
-    if q.is_cuda:
-        longest = max(segments.lengths)
-        out, sums, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, segments.cumulative, segments.cumulative, longest, longest, 0.0, segments.causal, False
-        )
-        return out, sums
     if native.usable(q, k, v):
         out, sums = q.new_empty(q.shape), q.new_empty(q.shape[1], len(q))
         native.call(
             "attend", *address(q), *address(k), *address(v), *_NOTHING_SHARED, out, sums, *sizes(q, k, segments)
         )
         return out, sums
-    outs = []
-    for start, end in segments.bounds:
-        outs.append(FORWARD(*(heads_first(t[start:end], q.shape[1]) for t in (q, k, v)), 0.0, segments.causal))
-    return torch.cat([out[0].transpose(0, 1) for out, _ in outs]), torch.cat([sums[0] for _, sums in outs], 1)
+    return by_torch(q, k, v, segments, segments)
 
 
 def attend_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; shapes as in `attend`."""
-    if q.is_cuda:
-        longest, nothing = max(segments.lengths), torch.zeros(2, dtype=torch.uint64, device=q.device)  # no dropout
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, sums, segments.cumulative, segments.cumulative, longest, longest,
-            0.0, segments.causal, nothing, nothing,
-        )  # fmt: skip
-        return dq, dk, dv
     if native.usable(dout, q, k, v, out):
         dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
         native.call(
@@ -90,12 +74,51 @@ def attend_backward(
             dq, dk, dv, None, None, *sizes(q, k, segments),
         )  # fmt: skip
         return dq, dk, dv
-    heads = q.shape[1]
+    return backward_by_torch(dout, q, k, v, out, sums, segments, segments)
+
+
+def by_torch(q: Tensor, k: Tensor, v: Tensor, rows: Segments, keys: Segments) -> tuple[Tensor, Tensor]:
+    """`attend` by torch's flash-attention, where each segment of rows may have keys of another number.
+
+    Args:
+        q: (T, h, d).
+        k: (K, g, d).
+        v: likewise.
+        rows: of the T rows; they say whether it is causal.
+        keys: as many, of the K keys.
+
+    Returns:
+        As `attend`.
+    """
+    if q.is_cuda:
+        out, sums, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, rows.cumulative, keys.cumulative, max(rows.lengths), max(keys.lengths), 0.0, rows.causal, False
+        )
+        return out, sums
+    outs = []
+    for (start, end), (first, last) in zip(rows.bounds, keys.bounds, strict=True):
+        piece = (heads_first(t, q.shape[1]) for t in (q[start:end], k[first:last], v[first:last]))
+        outs.append(_FORWARD(*piece, 0.0, rows.causal))
+    return torch.cat([out[0].transpose(0, 1) for out, _ in outs]), torch.cat([sums[0] for _, sums in outs], 1)
+
+
+def backward_by_torch(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, rows: Segments, keys: Segments
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; shapes as in `by_torch`."""
+    if q.is_cuda:
+        nothing = torch.zeros(2, dtype=torch.uint64, device=q.device)  # no dropout
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            dout, q, k, v, out, sums, rows.cumulative, keys.cumulative, max(rows.lengths), max(keys.lengths),
+            0.0, rows.causal, nothing, nothing,
+        )  # fmt: skip
+        return dq, dk, dv
     gradients = []
-    for start, end in segments.bounds:
-        piece = [heads_first(t[start:end], heads) for t in (dout, q, k, v, out)]
-        of_piece = sums[:, start:end].T.contiguous().T[None]  # the layout in which torch made them
-        gradients.append(BACKWARD(*piece, of_piece, 0.0, segments.causal))
+    for (start, end), (first, last) in zip(rows.bounds, keys.bounds, strict=True):
+        own, its = slice(start, end), slice(first, last)
+        piece = [heads_first(t, q.shape[1]) for t in (dout[own], q[own], k[its], v[its], out[own])]
+        of_piece = sums[:, own].T.contiguous().T[None]  # the layout in which torch made them
+        gradients.append(_BACKWARD(*piece, of_piece, 0.0, rows.causal))
     dq, dk, dv = (torch.cat([g[0].transpose(0, 1) for g in of_all]) for of_all in zip(*gradients, strict=True))
     return dq, of_group(dk, k), of_group(dv, v)
 

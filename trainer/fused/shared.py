@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.fused import native, segments
-from trainer.fused.segments import Segments, address, heads_first, of_group, sizes
+from trainer.fused.segments import Segments, address, sizes
 
 # Shapes: T rows of all samples without the shared words; p shared words; h heads, g key heads, d numbers of a head.
 
@@ -79,7 +79,7 @@ def _behind(q: Tensor, k: Tensor, v: Tensor, samples: Segments, keys: Tensor, va
         native.call("attend", *address(q), *address(k), *address(v), *shared, out, sums, *sizes(q, k, samples))
         return out, sums
     out1, sums1 = segments.attend(q, k, v, samples)
-    out2, sums2 = _across(q, keys, values)
+    out2, sums2 = segments.by_torch(q, keys, values, _all(q), _all(keys))
     sums = torch.logaddexp(sums1, sums2)
     share1, share2 = ((own - sums).exp().T[:, :, None].to(q.dtype) for own in (sums1, sums2))
     return out1 * share1 + out2 * share2, sums
@@ -100,35 +100,10 @@ def _behind_backward(
         return dq, dk, dv, dkeys, dvalues
     # The whole's sums make each part's softmax the whole's share of it, so that the gradients of the parts add up.
     dq1, dk, dv = segments.attend_backward(dout, q, k, v, out, sums, samples)
-    dq2, dkeys, dvalues = _across_backward(dout, q, keys, values, out, sums)
+    dq2, dkeys, dvalues = segments.backward_by_torch(dout, q, keys, values, out, sums, _all(q), _all(keys))
     return dq1 + dq2, dk, dv, dkeys, dvalues
 
 
-def _across(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Every row sees all keys."""
-    if q.is_cuda:
-        out, sums, *_ = torch.ops.aten._flash_attention_forward(
-            q, keys, values, _bounds(q), _bounds(keys), len(q), len(keys), 0.0, False, False
-        )
-        return out, sums
-    out, sums = segments.FORWARD(*(heads_first(t, q.shape[1]) for t in (q, keys, values)), 0.0, False)
-    return out[0].transpose(0, 1), sums[0]
-
-
-def _across_backward(
-    dout: Tensor, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, sums: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    if q.is_cuda:
-        nothing = torch.empty(0, dtype=torch.uint64, device=q.device)
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            dout, q, keys, values, out, sums, _bounds(q), _bounds(keys), len(q), len(keys), 0.0, False, nothing, nothing
-        )
-        return dq, dk, dv
-    piece = [heads_first(t, q.shape[1]) for t in (dout, q, keys, values, out)]
-    gradients = segments.BACKWARD(*piece, sums.T.contiguous().T[None], 0.0, False)
-    dq, dk, dv = (gradient[0].transpose(0, 1) for gradient in gradients)
-    return dq, of_group(dk, keys), of_group(dv, values)
-
-
-def _bounds(rows: Tensor) -> Tensor:
-    return torch.tensor([0, len(rows)], dtype=torch.int32, device=rows.device)
+def _all(rows: Tensor) -> Segments:
+    """All of them as one segment, in no order."""
+    return Segments((len(rows),), False, rows.device)
