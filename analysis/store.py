@@ -40,9 +40,6 @@ BULK_RUNS = 40
 _AT_ONCE = 4
 """Requests under way together: as many as a server has workers, unless told otherwise."""
 
-_CHECKPOINT = "champion"
-"""Artifact folder of a promoted checkpoint."""
-
 _BULK_ROUTE = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
 _QUOTED = re.compile(r"""('[^']*'|"[^"]*"|`[^`]*`)""")
 _OF_A_FILTER = ("filter", "clause", "invalid", "expected")
@@ -270,8 +267,8 @@ class Store:
                 if version.run_id == run_id and version.tags.get(names.TAG_CHECKPOINT_DIGEST) == digest:
                     break
             else:
-                self._client.log_artifacts(run_id, str(checkpoint), _CHECKPOINT)
-                source = f"{self._client.get_run(run_id).info.artifact_uri}/{_CHECKPOINT}"
+                self._client.log_artifacts(run_id, str(checkpoint), names.ARTIFACT_CHAMPION)
+                source = f"{self._client.get_run(run_id).info.artifact_uri}/{names.ARTIFACT_CHAMPION}"
                 version = self._client.create_model_version(model, source, run_id, dict(tags))
             for key, value in tags.items():
                 self._client.set_model_version_tag(model, version.version, key, value)

@@ -9,9 +9,12 @@ from typing import NoReturn
 
 import click
 
-from trainer import collector, data_commands, launch, redact, sync_command
+from trainer import collector, launch, redact
 from trainer.config.resolved import Resolved
+from trainer.data_commands import convert, preview, validate
 from trainer.errors import Interrupted, TrainingStopped, UserError
+from trainer.inference.export_command import export
+from trainer.inference.predict_command import predict
 from trainer.options import (
     EXTRA,
     OVERRIDES_HELP,
@@ -24,6 +27,7 @@ from trainer.options import (
 )
 from trainer.redact import RedactedStream
 from trainer.signals import SIGNALS, end_with_parent
+from trainer.sync_command import sync
 
 EXIT_ERROR, EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -118,7 +122,7 @@ def pocket_base(output_dir: str) -> None:
         log_base(tracker, train_base(output_dir))
 
 
-for command in (data_commands.validate, data_commands.preview, data_commands.convert, sync_command.sync):
+for command in (validate, preview, convert, sync, predict, export):
     cli.add_command(command)
 
 

@@ -19,7 +19,7 @@ from trainer.errors import ConfigError
 from trainer.events import CheckpointSaved, SaveFailed, Seen
 
 MANIFEST = "manifest.json"
-_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _WRITING, _OLD = ".writing", ".old"
 _MANIFEST_BYTES = 2**26
 
@@ -31,7 +31,15 @@ class BadCheckpoint(ValueError):
 class Saver:
     """Saves one run's checkpoints as `root/KIND` and keeps as many `step-N` as allowed."""
 
-    def __init__(self, model: PeftModel, root: Path, *, keep: int | None, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        model: PeftModel,
+        root: Path,
+        *,
+        keep: int | None,
+        accelerator: Accelerator,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         """Save `model` below `root`.
 
         Args:
@@ -39,7 +47,9 @@ class Saver:
             root: the folder; made when first needed.
             keep: checkpoints of training in progress, `best` among them; older `step-N` are removed. None keeps all.
             accelerator: the first rank writes, the others wait for it.
+            facts: what every manifest says beside kind and place in training.
         """
+        self._facts = facts or {}
         self._model, self._root, self._keep, self._accelerator = model, root, keep, accelerator
 
     def __call__(self, seen: Seen, kind: str) -> CheckpointSaved | SaveFailed:
@@ -51,7 +61,7 @@ class Saver:
             ConfigError: the last one cannot be written.
         """
         folder = self._root / kind
-        facts = {"kind": kind, "step": seen.step, "samples_seen": seen.samples}
+        facts = {"kind": kind, "step": seen.step, "samples_seen": seen.samples, **self._facts}
         outcome = on_first(self._accelerator, lambda: self._write(folder, facts))
         if isinstance(outcome, int):
             return CheckpointSaved(seen, kind, str(folder), outcome)
@@ -198,7 +208,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
     """Put a written adapter's tensors into a model that was wrapped by the same plan."""
-    loaded: Any = set_peft_model_state_dict(model, load_file(folder / _WEIGHTS))
+    loaded: Any = set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
     missing = [name for name in loaded.missing_keys if ".lora_" in name or ".modules_to_save." in name]
     assert not missing and not loaded.unexpected_keys, (missing, loaded.unexpected_keys)  # noqa: S101  # our own file
 

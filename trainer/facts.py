@@ -20,6 +20,7 @@ from trainer.data.records import RecordSet
 from trainer.events import CheckpointSaved, EvalDone
 from trainer.gate import Gate
 from trainer.generation import Caption
+from trainer.inference.recipe import Recipe
 from trainer.strategy import Method, ParameterPlan
 from trainer.tracker import Tracker
 
@@ -37,6 +38,27 @@ def rests_on(resolved: Resolved, prepared: Prepared) -> dict[str, str]:
         names.TAG_BASE_DIGEST: provenance.base_digest(config.model.model, config.training.seed),
         names.EFFECTIVE_BATCH_PACKS: str(prepared.budget.effective_batch),
     }
+
+
+def recipe_from(resolved: Resolved, prepared: Prepared, rests: Mapping[str, str], key: str) -> Recipe:
+    """What every checkpoint says of how it was trained; `key` finds its run in MLflow."""
+    config = resolved.config
+    return Recipe(
+        strategy=rests[names.TAG_STRATEGY],
+        seed=config.training.seed,
+        training_key=key,
+        base_model=config.model.model,
+        base_digest=rests[names.TAG_BASE_DIGEST],
+        train_digest=rests[names.TAG_TRAIN_DIGEST],
+        val_digest=rests[names.TAG_VAL_DIGEST],
+        torch_dtype=config.model.torch_dtype,
+        scheme=config.prompts.scheme,
+        language=config.prompts.language,
+        emit_norm=config.custom.emit_norm,
+        taxonomy=prepared.data.taxonomy if config.prompts.scheme == "B" else None,
+        max_length=config.max_length,
+        max_pixels=config.template.max_pixels,
+    )
 
 
 def log_start(

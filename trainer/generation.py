@@ -1,11 +1,13 @@
 """Lets the model caption images: batched greedy generation from prompts, and the score of what it said."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from trainer.data.answer import parse_answer
 from trainer.data.records import Record
@@ -35,13 +37,39 @@ def caption(
         batch_size: records a forward pass.
         max_new_tokens: tokens after which an answer is cut.
     """
+    prompts = map(encoder.prompt, records)
+    answers = generate(model, encoder, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    for record, text in zip(records, answers, strict=True):
+        truth = encoder.answer(record)
+        yield Caption(record.id, text, truth, score_image(parse_answer(text), parse_answer(truth)))
+
+
+def generate(
+    model: Any,
+    encoder: Encoder,
+    prompts: Iterable[Sample],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    stop: Callable[[], StoppingCriteria] | None = None,
+) -> Iterator[str]:
+    """The answer to each prompt, greedily: the most probable token each time.
+
+    Args:
+        model: a (PEFT-wrapped) `Qwen3VLForConditionalGeneration`.
+        encoder: that has made the prompts.
+        prompts: taken as they are needed, answered in this order.
+        batch_size: prompts a forward pass.
+        max_new_tokens: tokens after which an answer is cut.
+        stop: makes what ends answers before their end mark, anew for each batch.
+    """
     model.eval()
-    # float32 copies of trained modules meet bf16 activations where the base is bf16
     tokenizer: Any = encoder.tokenizer
+    # float32 copies of trained modules meet bf16 activations where the base is bf16
     mixed = model.get_input_embeddings().weight.dtype is torch.bfloat16
-    for start in range(0, len(records), batch_size):
-        chunk = records[start : start + batch_size]
-        inputs = _left_padded([encoder.prompt(record) for record in chunk], tokenizer.pad_token_id, model.device)
+    waiting = iter(prompts)
+    while chunk := list(islice(waiting, batch_size)):
+        inputs = _left_padded(chunk, tokenizer.pad_token_id, model.device)
         with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
             output = model.generate(
                 **inputs,
@@ -49,11 +77,9 @@ def caption(
                 max_new_tokens=max_new_tokens,
                 eos_token_id=tokenizer.convert_tokens_to_ids(END_TOKEN),
                 pad_token_id=tokenizer.pad_token_id,
+                stopping_criteria=StoppingCriteriaList([stop()] if stop else []),
             )
-        answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for record, text in zip(chunk, answers, strict=True):
-            truth = encoder.answer(record)
-            yield Caption(record.id, text, truth, score_image(parse_answer(text), parse_answer(truth)))
+        yield from tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def answer_lengths(encoder: Encoder, records: Iterable[Record]) -> list[int]:

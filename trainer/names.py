@@ -149,5 +149,6 @@ ARTIFACT_CHECKPOINTS = "checkpoints.json"
 ARTIFACT_PREDICTIONS = "predictions.jsonl"
 ARTIFACT_SKIPPED = "skipped_records.txt"
 ARTIFACT_PREVIEW = "preview.png"
+ARTIFACT_CHAMPION = "champion"  # folder: the checkpoint of a run that was promoted
 ARTIFACT_CONVERSATION = "first_conversation.txt"
 ARTIFACT_TRACEBACK = "traceback.txt"

@@ -102,7 +102,8 @@ def run(
             restored(begun, lambda point: resume.restore_parts(point, remembers))
             if first and begun.point is None:
                 facts.log_start(tracker, resolved, prepared, dtypes(model), rests)
-            saver = Saver(model, begun.path, keep=training.save_total_limit, accelerator=accelerator)
+            told, keep = facts.recipe_from(resolved, prepared, rests, begun.key).facts(), training.save_total_limit
+            saver = Saver(model, begun.path, keep=keep, accelerator=accelerator, facts=told)
             keeper = resume.Keeper(begun.path, engine, remembers, accelerator, told=tracker, key=begun.key)
             tracker.at_end(lambda: facts.log_gate(tracker, gate))
             best = training.load_best_model_at_end
