@@ -24,6 +24,7 @@ PROJECT = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
 ENTRY_POINTS: dict[str, dict[str, Any]] = PROJECT["entry_points"]
 STRATEGIES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml") if path.stem != "base")
 DATA = {"validate", "preview"}
+USE = {"predict", "export"}
 ANALYSIS = {"rank", "plot", "report", "promote", "import_published", "import_tensorboard"}
 EXPERIMENT = "X"
 
@@ -47,7 +48,7 @@ def mlflow_run(entry: str, parameters: dict[str, str], folder: Path, store: str)
 
 def test_every_experiment_file_has_an_entry_point_of_its_name() -> None:
     """A new strategy is one YAML file and one entry; beside them are the general one, data, the base, the analysis."""
-    assert set(ENTRY_POINTS) == {"main", *DATA, "sync", "pocket_base", *STRATEGIES, *ANALYSIS}
+    assert set(ENTRY_POINTS) == {"main", *DATA, *USE, "sync", "pocket_base", *STRATEGIES, *ANALYSIS}
 
 
 def test_the_environment_is_that_of_conda_yaml() -> None:

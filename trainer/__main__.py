@@ -25,6 +25,7 @@ from trainer.options import (
     resume_options,
     tell,
 )
+from trainer.pocket_command import pocket_base
 from trainer.redact import RedactedStream
 from trainer.signals import SIGNALS, end_with_parent
 from trainer.sync_command import sync
@@ -109,20 +110,7 @@ def plan(context: click.Context, config: str, profile: str | None, **short: str 
     show_plan(resolved)
 
 
-@cli.command("pocket-base")
-@click.option("--output_dir", default="output/pocket_base", show_default=True, help="Folder for the new weights.")
-def pocket_base(output_dir: str) -> None:
-    """Train the built-in base model again, from random weights (its figures are in its pocket.json)."""
-    quiet_libraries()
-    from trainer.begin import open_aside
-    from trainer.facts import log_base
-    from trainer.pocket import train_base
-
-    with open_aside("pocket_base") as tracker:
-        log_base(tracker, train_base(output_dir))
-
-
-for command in (validate, preview, convert, sync, predict, export):
+for command in (validate, preview, convert, sync, predict, export, pocket_base):
     cli.add_command(command)
 
 

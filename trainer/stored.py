@@ -2,10 +2,14 @@
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from trainer import names
 from trainer.checkpoint import BadCheckpoint, verify
@@ -13,6 +17,7 @@ from trainer.errors import TrackingError
 from trainer.tracking import reach_store, told
 
 MODELS = "models:/"
+_ABSENT = {ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE)}
 
 
 def fetched(source: str) -> Path:
@@ -30,7 +35,7 @@ def fetched(source: str) -> Path:
     store = reach_store()
     if store.away:
         raise TrackingError(f"MLFLOW_TRACKING_URI ({store.name})", store.away, "a store that is there", "start it")
-    with told(store.uri):
+    with told(store.uri), _known(source, store.name):
         client = MlflowClient(store.uri)
         if source.startswith(MODELS):
             return Path(download_artifacts(source, dst_path=tempfile.mkdtemp(prefix="model-"), tracking_uri=store.uri))
@@ -51,6 +56,22 @@ def fetched(source: str) -> Path:
         "a run of this machine, or one that was promoted",
         "use it where it was trained, or promote it there: python -m analysis promote",
     )
+
+
+@contextmanager
+def _known(source: str, store: str) -> Iterator[None]:
+    """What the store does not have is a mistake in the source."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code not in _ABSENT:
+            raise
+        raise TrackingError(
+            source,
+            str(error).splitlines()[0],
+            f"a run or a registered model of {store}",
+            "correct it, or MLFLOW_TRACKING_URI; python -m analysis rank --each lists runs",
+        ) from None
 
 
 def _is_whole(folder: Path) -> bool:

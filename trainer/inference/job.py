@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import DataError
-from trainer.inference.images import Found
+from trainer.inference.image_files import Found
 from trainer.inference.predictor import Prediction, Predictor
 
 PREDICTIONS, PICTURES = "predictions.jsonl", "pictures"
@@ -100,6 +100,10 @@ class Job:
         self.summary.seconds = time.perf_counter() - started
         with _Writable(self._out):
             self._finish()
+
+    def close(self) -> None:
+        """Let go of the file; what it holds can be gone on with."""
+        self._file.close()
 
     def name(self, path: Path) -> str:
         """An image's name in the results: relative to the folder that was given."""

@@ -1,6 +1,7 @@
 """Merges an adapter into its base: whole weights in Hugging Face layout, every tensor checked against the files."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -51,6 +52,8 @@ def write_merged(checkpoint: Path, recipe: Recipe, folder: Path, *, dtype: torch
     Raises:
         ModelError: base or adapter cannot be used, or what was written is not base plus adapter.
     """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # PEFT asks DeepSpeed, which wonders aloud where the GPU is
     model = load_trained(checkpoint, replace(recipe, torch_dtype="float32"), device="cpu")
     whole: Any = model.merge_and_unload(safe_merge=True)
     whole.to(dtype).save_pretrained(str(folder), max_shard_size=_SHARD)

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import warnings
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def save_served(model: Path, folder: Path) -> None:
         needed = [line for line in requires("vision-tower-experiments") or () if ";" not in line]
     except PackageNotFoundError:
         needed = []
+    warnings.filterwarnings("ignore", "(?s).*input example")  # it would be run, and there is a signature
     pyfunc.save_model(
         str(folder),
         loader_module=__name__,
