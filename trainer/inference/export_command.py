@@ -45,8 +45,8 @@ def export(
     """
     with collector.at_rest():
         quiet_libraries()
-        from trainer.inference.export import export as exported
         from trainer.inference.checkpoint_source import checkpoint_of
+        from trainer.inference.export import export as exported
     done = exported(
         checkpoint_of(source), Path(out), form, base=base, dtype=dtype,  # type: ignore[arg-type]  # click has checked it
         license_name=license_name, data_license=data_license,

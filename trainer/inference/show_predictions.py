@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.progress import track
 
 from trainer.checkpoint import MANIFEST, file_sha256
+from trainer.inference.checkpoint_source import checkpoint_of
 from trainer.inference.image_files import find_images
 from trainer.inference.job import PICTURES, PREDICTIONS, Job, Summary
 from trainer.inference.predictor import load_predictor
-from trainer.inference.checkpoint_source import checkpoint_of
 
 _TOLD = 10
 """Images without an answer that are named."""

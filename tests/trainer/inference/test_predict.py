@@ -11,10 +11,10 @@ from PIL import Image
 from tests.running import Trained, trained, trainer
 from trainer.data.images import image_sizes
 from trainer.data.records import read_records
+from trainer.inference.checkpoint_source import checkpoint_of
 from trainer.inference.image_files import find_images
 from trainer.inference.job import PREDICTIONS, Job
 from trainer.inference.predictor import Predictor, load_predictor
-from trainer.inference.checkpoint_source import checkpoint_of
 
 
 @pytest.fixture(scope="module")
