@@ -64,6 +64,7 @@ _HELP = """
 python -m analysis rank                       every run with a strategy, seeds pooled
 python -m analysis rank --at samples=1000     at equal samples, where accumulation differs
 python -m analysis report                     report.md and report.html, also in MLflow
+python -m analysis gallery                    images, truth and every arm's answer side by side
 python -m analysis promote                    the winner's checkpoint into the Model Registry
 python -m analysis import_published           the comparison that started this, as MLflow runs
 """
@@ -182,6 +183,42 @@ def promote(experiment: str | None, by: str, where: str | None, at: str, name: s
         store, read_ranking(store, experiment, where, by, parse_at(at)), name, alias, anyway=anyway
     )
     click.echo(f"models:/{name}@{alias} is version {version}: {best.run.name} ({best.run.id})")
+
+
+@cli.command()
+@_options(_experiment, _by, _where)
+@click.option("--seed", callback=_empty_is_none, help="Of the runs shown. [default: the lowest that all arms share]")
+@click.option("--records", type=click.IntRange(1, 10_000), default=200, show_default=True, help="Images at most.")
+@click.option("--val_jsonl", callback=_empty_is_none, help="Where the validation records are now.")
+@click.option("--out", callback=_empty_is_none, default="output/gallery.html", show_default=True, help="The page.")
+@click.option("--local", is_flag=True, help="Write the file only; MLflow stays as it is.")
+def gallery(
+    experiment: str | None, by: str, where: str | None, seed: str | None, records: int, val_jsonl: str | None, out: str,
+    local: bool,
+) -> None:  # fmt: skip
+    """Show validation images with the truth and each arm's answer side by side, on one page.
+
+    Answers are those that the runs have kept (tracking.generate_records); nothing is generated anew. What arms disagree
+    on most comes first; tabs choose a domain. The page holds its images and becomes an artifact of the comparison's
+    parent run in MLflow.
+    """
+    from analysis.gallery import gather
+    from analysis.gallery_page import page
+    from analysis.ranking import parse_at
+    from analysis.reading import read_ranking
+    from analysis.report import log_page
+    from analysis.store import Store
+
+    store, path = Store(), Path(out)
+    ranking = read_ranking(store, experiment, where, by, parse_at("final"))
+    found = gather(store, ranking, seed=seed, val_jsonl=Path(val_jsonl) if val_jsonl else None, records=records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(found), encoding="utf-8")
+    for note in found.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"{path}: {len(found.images)} images, {len(found.arms)} arms")
+    if not local:
+        click.echo(f"in MLflow: artifact `gallery/{path.name}` of run {log_page(store, ranking, path)}")
 
 
 @cli.command("import_published")

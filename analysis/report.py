@@ -19,6 +19,8 @@ from trainer import names
 
 ARTIFACTS = "report"
 """Artifact folder of the run that holds a report."""
+GALLERY = "gallery"
+"""Likewise of one that holds a gallery."""
 
 
 def write(store: Store, comparison: Comparison, folder: Path, axis: str | None, points: Sequence[float]) -> list[Path]:
@@ -75,4 +77,11 @@ def log(store: Store, ranking: Ranking, files: Sequence[Path]) -> str:
         advice = recommendation(ranking, careful_reading(subject_of(ranking)))
         summary = [f"**{advice.arm}** comes first; confidence: {advice.confidence}.", "", *verdict(ranking)]
         store.describe(run_id, "\n".join([*summary, "", f"The whole report: artifact `{ARTIFACTS}/report.html`."]))
+    return run_id
+
+
+def log_page(store: Store, ranking: Ranking, path: Path) -> str:
+    """Store a gallery in the comparison's parent run; that run's id."""
+    run_id, _ = store.comparison_run([reading.run for row in ranking.rows for reading in row.readings])
+    store.log_file(run_id, path, GALLERY)
     return run_id

@@ -160,6 +160,19 @@ class Store:
         data = self._artifact(run_id, name)
         return None if data is None else json.loads(data)
 
+    def dataset_path(self, run_id: str, name: str) -> Path | None:
+        """The JSONL file that a run has logged as its dataset `train`, `val` or `ood`; None where it has none."""
+        with told(self.uri):
+            inputs = self._client.get_run(run_id).inputs
+        logged = inputs.dataset_inputs if inputs else []
+        sources = [json.loads(each.dataset.source) for each in logged if each.dataset.name == name]
+        return Path(sources[0]["uri"]) if sources else None
+
+    def artifact_lines(self, run_id: str, name: str) -> list[Any] | None:
+        """The values of a JSONL artifact, or None where the run has none."""
+        data = self._artifact(run_id, name)
+        return None if data is None else [json.loads(line) for line in data.decode("utf-8").splitlines()]
+
     def import_run(self, imported: Imported, experiment: str) -> tuple[str, bool]:
         """Write a run that was trained elsewhere; what an earlier import has written is not there twice afterwards.
 

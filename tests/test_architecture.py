@@ -197,12 +197,14 @@ ANALYSIS_MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "advice", "checks", "comparison", "crossed", "effects", "page", "ranking", "records", "reproduction",
         "settings", "subject", "tables", "verdict",
     ),
+    "gallery": ("ranking", "store"),
+    "gallery_page": ("gallery",),
     "report": (
         "advice", "checks", "comparison", "page", "plots", "ranking", "records", "sections", "store", "subject",
         "verdict",
     ),
     "__main__": (
-        "champion", "comparison", "plots", "published", "ranking", "reading", "report", "store", "tables",
+        "champion", "comparison", "gallery", "gallery_page", "plots", "published", "ranking", "reading", "report", "store", "tables",
         "tensorboard",
     ),
 }  # fmt: skip

@@ -25,7 +25,7 @@ ENTRY_POINTS: dict[str, dict[str, Any]] = PROJECT["entry_points"]
 STRATEGIES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml") if path.stem != "base")
 DATA = {"validate", "preview"}
 USE = {"predict", "export"}
-ANALYSIS = {"rank", "plot", "report", "promote", "import_published", "import_tensorboard"}
+ANALYSIS = {"rank", "plot", "report", "gallery", "promote", "import_published", "import_tensorboard"}
 EXPERIMENT = "X"
 
 

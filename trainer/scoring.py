@@ -64,8 +64,8 @@ def score_image(predicted: Sequence[ParsedObject], true: Sequence[ParsedObject])
     Shapes are compared by their bounding boxes (both sides in the frame of the answer). Pairs are taken greedily from
     the highest IoU down, each object once: for `matched` among pairs of equal type, for `located` among all pairs.
     """
-    typed = _pairs(predicted, true, same_type=True)
-    located = _pairs(predicted, true, same_type=False)
+    typed = pairs_of(predicted, true, same_type=True)
+    located = pairs_of(predicted, true, same_type=False)
     return Score(
         predicted=len(predicted),
         true=len(true),
@@ -82,9 +82,10 @@ def attributes(desc: str) -> frozenset[str]:
     return frozenset(word.strip() for element in rest for word in element.replace("，", ",").split(",") if word.strip())
 
 
-def _pairs(
+def pairs_of(
     predicted: Sequence[ParsedObject], true: Sequence[ParsedObject], *, same_type: bool
 ) -> list[tuple[int, int]]:
+    """Pairs (place in `predicted`, place in `true`) with IoU >= 0.5, each object once, from the highest IoU down."""
     candidates = sorted(
         (
             (-overlap, p, t)

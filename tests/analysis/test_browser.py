@@ -6,26 +6,22 @@
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from playwright.sync_api import Browser, Page, Request, Response, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Request, Response, expect
 
 from analysis.store import Store
 from benchmarks import recorded
+from tests.analysis.conftest import PATIENCE, needs_chromium
 from tests.analysis.test_cli import analysis
 from tests.running import empty_store, mlflow_server, without_mlflow_variables
 from trainer import names
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
-
-PATIENCE = 60_000
-"""Milliseconds: MLflow's pages are large, and a busy machine takes its time."""
+pytestmark = needs_chromium
 
 
 @dataclass(frozen=True)
@@ -61,26 +57,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         experiment = MlflowClient(uri).get_experiment_by_name(names.EXPERIMENT).experiment_id
         ids = {strategy: made[run.id] for strategy, run in four.items()}
         yield Served(address, experiment, ids, done.stdout.split()[-1], folder / "output" / "report")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Headless Chromium of the system."""
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking", "--disable-gpu"]
-        )
-        yield started
-        started.close()
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """A page of a desktop's size."""
-    opened = browser.new_page(viewport={"width": 1440, "height": 1000})
-    opened.set_default_timeout(PATIENCE)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture
