@@ -47,7 +47,7 @@ def mlflow_run(entry: str, parameters: dict[str, str], folder: Path, store: str)
 
 def test_every_experiment_file_has_an_entry_point_of_its_name() -> None:
     """A new strategy is one YAML file and one entry; beside them are the general one, data, the base, the analysis."""
-    assert set(ENTRY_POINTS) == {"main", *DATA, "sync", "pocket_base", *STRATEGIES, *ANALYSIS}
+    assert set(ENTRY_POINTS) == {"main", "compare", *DATA, "sync", "pocket_base", *STRATEGIES, *ANALYSIS}
 
 
 def test_the_environment_is_that_of_conda_yaml() -> None:

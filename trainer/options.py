@@ -102,7 +102,7 @@ def resolve(
     from trainer.config.load import load
 
     given = {key: value for key, value in short.items() if value}
-    resolved = load(config, profile=profile or None, overrides=given | _overrides(context.args))
+    resolved = load(config, profile=profile or None, overrides=given | overrides(context.args))
     if resolved.config.launch.gpus is not None:
         from trainer import gpus  # imports torch
 
@@ -130,16 +130,16 @@ def tell(resolved: Resolved) -> None:
         click.echo(line, err=True)
 
 
-def _overrides(arguments: list[str]) -> dict[str, str]:
+def overrides(arguments: list[str]) -> dict[str, str]:
     """`--section.key value` and `--section.key=value` pairs, as the command line left them over."""
-    overrides: dict[str, str] = {}
+    found: dict[str, str] = {}
     rest = list(arguments)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         if not name.startswith("--") or (not equals and not rest):
             raise click.UsageError(f"{name!r}: expected --section.key VALUE (see --help)")
-        overrides[name.removeprefix("--")] = value if equals else rest.pop(0)
-    return overrides
+        found[name.removeprefix("--")] = value if equals else rest.pop(0)
+    return found
 
 
 def quiet_libraries() -> None:

@@ -1,4 +1,4 @@
-"""What is to be compared: arms and seeds as they are written on the command line, each checked before anything starts."""
+"""What is to be compared: arms and seeds as they are written on the command line, checked before anything starts."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -92,7 +92,10 @@ def _parse_arm(text: str) -> Arm:
     settings = dict(part.split("=", 1) for part in rest)
     name, named, strategy = head.partition("=")
     if not named:
-        name, strategy = Path(head).stem + "".join(f"+{key.rpartition('.')[2]}={v}" for key, v in settings.items()), head
+        name, strategy = (
+            Path(head).stem + "".join(f"+{key.rpartition('.')[2]}={v}" for key, v in settings.items()),
+            head,
+        )
     if not strategy or not _NAME.fullmatch(name):
         raise ConfigError("strategies", repr(text)[:120], "STRATEGY, or NAME=STRATEGY", f"for instance {_EXAMPLE}")
     check_settings(settings, f"strategies, arm {name}")
@@ -144,9 +147,9 @@ def enter(arms: Sequence[Arm], seed: int, profile: str | None, common: Mapping[s
 
 
 def _given(arm: Arm, seed: int, common: Mapping[str, str]) -> dict[str, str]:
-    """What is laid over an arm's file for one seed; all ranks of a step in one process, unless a number is asked for."""
+    """What is laid over an arm's file for one seed."""
     full = {SHORT_NAMES.get(key, key): value for key, value in common.items()}
-    given = {"training.seed": str(seed)} | full | arm.settings
+    given = {"training.seed": str(seed), **full, **arm.settings}
     if not arm.is_plain:
         given["tracking.arm"] = arm.name
     return given

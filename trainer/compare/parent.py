@@ -1,6 +1,5 @@
 """The comparison itself: a run that trains nothing, holds what was asked, and has the runs of all arms below it."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,7 +90,7 @@ def opened(output_dir: Path, asked: Mapping[str, str], store: Store, *, title: s
     with begun:
         if found:
             taken_again(folder)
-        tracker = open_tracker(begun, store, run_name=title, close_seconds=_CLOSE_SECONDS)
+        tracker = open_tracker(begun, store, run_name=title[:200], close_seconds=_CLOSE_SECONDS)
         with tracker:
             if not tracker.run_id:
                 raise TrackingError(
@@ -105,6 +104,9 @@ def opened(output_dir: Path, asked: Mapping[str, str], store: Store, *, title: s
             yield Parent(folder, tracker)
 
 
-def as_json(found: Any) -> str:
-    """For artifacts."""
-    return json.dumps(found, indent=1, default=str) + "\n"
+def join(run_id: str, store: Store) -> None:
+    """Close the run that `mlflow run` has made for a comparison that another run holds already."""
+    from trainer.tracking import MlflowDoor, made_for_us
+
+    if (made := made_for_us()) and made != run_id:
+        MlflowDoor(store.uri).hand_over(made, run_id)

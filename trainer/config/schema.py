@@ -243,7 +243,7 @@ class Tracking(Section):
     """What the run is compared as, what is measured beside the losses, and on how much data."""
 
     arm: str | None = None
-    """Name under which the run is compared; null: that of the strategy file, with what the command line changes of it."""
+    """Name under which the run is compared; null: the strategy's, with what the command line changes of it."""
     probe_records: CountOrZero = 64
     """Training records of the probe behind `generalization_gap_clean`; 0: no probe."""
     vision_gain_records: CountOrZero = 64
