@@ -61,6 +61,9 @@ def compare(context: click.Context, /, strategies: str, seeds: str, dry_run: str
         if key in common:
             raise ConfigError(f"-P {key}", "it twice", "once", "leave one out")
         common[key] = value
+    if given["policy"] == "halving" and "training.eval_steps" in common:
+        told = "evaluation by optimizer steps, which are not equal work for arms that accumulate differently"
+        raise ConfigError("-P training.eval_steps", told, "training.eval_samples", "give that one, or none of them")
     common = {SHORT_NAMES.get(key, key): value for key, value in common.items()}
     wanted, profile = parse_seeds(seeds or SEEDS), given["profile"] or None
     arms = enter(parse_arms(strategies or STRATEGIES), wanted[0], profile, common)
@@ -68,7 +71,7 @@ def compare(context: click.Context, /, strategies: str, seeds: str, dry_run: str
         arms, wanted, profile, common, Path(given["output_dir"] or "output"),
         policy=_one_of("policy", given["policy"] or "full", _POLICIES),
         tune=int(_one_of("tune", given["tune"] or "0", _TRIALS)),
-        margin=_share("margin", given["margin"] or "0.01"), error=_share("error", given["error"] or "0.05"),
+        margin=_share("margin", given["margin"] or "0.01"), error=_share("error", given["error"] or "0.05", 0.5),
         jobs=_count("jobs", given["jobs"]), gpus=_gpus(common.get("launch.gpus")),
     )  # fmt: skip
     for resolved in {entered.resolved.path: entered.resolved for entered in arms}.values():
@@ -99,13 +102,13 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def _share(name: str, text: str) -> float:
+def _share(name: str, text: str, below: float = 1.0) -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 < value < 1:
-        raise ConfigError(name, repr(text)[:80], "a number between 0 and 1", "for instance 0.01")
+    if not 0 < value < below:
+        raise ConfigError(name, repr(text)[:80], f"a number between 0 and {below:g}", "for instance 0.01")
     return value
 
 
