@@ -10,14 +10,13 @@ from typing import NoReturn
 import click
 
 from trainer import collector, launch, redact
+from trainer.commands import COMMANDS
 from trainer.config.resolved import Resolved
-from trainer.data_commands import convert, preview, validate
-from trainer.errors import Interrupted, TrainingStopped, UserError
-from trainer.inference.export_command import export
-from trainer.inference.predict_command import predict
+from trainer.errors import Interrupted, Paused, TrainingStopped, UserError
 from trainer.options import (
     EXTRA,
     OVERRIDES_HELP,
+    closes_mlflows_run,
     config_options,
     is_true,
     quiet_libraries,
@@ -25,10 +24,8 @@ from trainer.options import (
     resume_options,
     tell,
 )
-from trainer.pocket_command import pocket_base
 from trainer.redact import RedactedStream
-from trainer.signals import SIGNALS, end_with_parent
-from trainer.sync_command import sync
+from trainer.signals import SIGNALS, end_with_parent, is_started_by_us
 
 EXIT_ERROR, EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -50,41 +47,37 @@ def cli() -> None:
 @cli.command(context_settings=EXTRA, epilog=OVERRIDES_HELP)
 @config_options
 @resume_options
+@closes_mlflows_run()
 def run(
-    context: click.Context, config: str, profile: str | None, resume: str, allow_drift: str, **short: str | None
-) -> None:
+    context: click.Context, config: str, profile: str | None, resume: str, allow_drift: str,
+    pause_after_samples: int | None, **short: str | None,
+) -> None:  # fmt: skip
     """Train one configuration and log it to MLflow; go on with it where it was interrupted."""
-    try:
-        resolved = resolve(context, config, profile, short, resume=resume)
-        drift = is_true("--allow-drift", allow_drift)
-        if resolved.config.launch.ranks > 1 and not launch.is_rank():
-            _run_ranks(resolved)  # the first of them looks whether the store is there
-            return
-        with collector.at_rest():  # MLflow and torch, only when the configuration is known to be right
-            quiet_libraries()
-            store = None
-            if launch.is_first():
-                from trainer.tracking import reach_store  # MLflow, which no other rank needs
-
-                store = reach_store()
-            from trainer import gpus
-
-            gpus.see_only(resolved.config.launch.gpus)
-            from trainer import run as root
-            from trainer.show import show_outcome
-        tell(resolved)
-        if store is not None and store.away:
-            click.echo(f"{store.name} does not answer ({store.away}); what is logged is kept beside the run", err=True)
-        outcome = root.run(resolved, logs_to=store, resume_from=resume or "auto", allow_drift=drift)
+    resolved = resolve(context, config, profile, short, resume=resume)
+    drift = is_true("--allow-drift", allow_drift)
+    if resolved.config.launch.ranks > 1 and not launch.is_rank():
+        _run_ranks(resolved)  # the first of them looks whether the store is there
+        return
+    with collector.at_rest():  # MLflow and torch, only when the configuration is known to be right
+        quiet_libraries()
+        store = None
         if launch.is_first():
-            show_outcome(outcome)
-    except BaseException as error:
-        if os.environ.get("MLFLOW_RUN_ID") and launch.is_first():
-            from trainer.tracker import status_after
-            from trainer.tracking import abandon
+            from trainer.tracking import reach_store  # MLflow, which no other rank needs
 
-            abandon(error, status_after(error))
-        raise
+            store = reach_store()
+        from trainer import gpus
+
+        gpus.see_only(resolved.config.launch.gpus)
+        from trainer import run as root
+        from trainer.show import show_outcome
+    tell(resolved)
+    if store is not None and store.away:
+        click.echo(f"{store.name} does not answer ({store.away}); what is logged is kept beside the run", err=True)
+    outcome = root.run(
+        resolved, logs_to=store, resume_from=resume or "auto", allow_drift=drift, pause_after=pause_after_samples
+    )
+    if launch.is_first():
+        show_outcome(outcome)
 
 
 def _run_ranks(resolved: Resolved) -> None:
@@ -110,7 +103,7 @@ def plan(context: click.Context, config: str, profile: str | None, **short: str 
     show_plan(resolved)
 
 
-for command in (validate, preview, convert, sync, predict, export, pocket_base):
+for command in COMMANDS:
     cli.add_command(command)
 
 
@@ -135,6 +128,9 @@ def _status() -> int:
         _let_the_first_rank_speak()
         click.echo(f"stopped: {error}", err=True)
         return EXIT_STOPPED
+    except Paused as error:
+        if launch.is_first():
+            click.echo(f"paused {error}; the same command goes on, with a larger number or without", err=True)
     except Interrupted as error:
         if launch.is_first():
             click.echo(f"interrupted {error}; the same command goes on from there", err=True)
@@ -155,7 +151,7 @@ def main() -> NoReturn:
     redactor = redact.of_environment()
     sys.stdout, sys.stderr = RedactedStream(sys.stdout, redactor), RedactedStream(sys.stderr, redactor)
     SIGNALS.install(is_rank=launch.is_rank())
-    if launch.is_rank() or os.environ.get("MLFLOW_RUN_ID"):
+    if launch.is_rank() or os.environ.get("MLFLOW_RUN_ID") or is_started_by_us():
         end_with_parent(under_mlflow=not launch.is_rank())
     try:
         status = _status()
