@@ -77,6 +77,8 @@ class Stack:
     gated: int
     """Numbers that come out of it."""
     causal: bool
+    fed: bool
+    """Whether something trains before it, so that its own input has a gradient."""
 
     @property
     def attended(self) -> int:
@@ -92,6 +94,10 @@ class Stack:
     def frozen(self) -> int:
         """Layers before everything that trains in this stack."""
         return next((i for i, layer in enumerate(self.layers) if layer.trained), len(self.layers))
+
+    def passes_on(self, index: int) -> bool:
+        """Whether a layer's input has a gradient that something needs."""
+        return self.fed if index == 0 else self.layers[index - 1].reached
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +147,12 @@ def anatomy_of(config: Any, plan: ParameterPlan) -> Anatomy:
     tower = Stack(
         _layers("visual.blocks", plan, reached=False),
         vision.hidden_size, vision.num_heads, vision.num_heads, head,
-        vision.intermediate_size, vision.intermediate_size, causal=False,
+        vision.intermediate_size, vision.intermediate_size, causal=False, fed=False,
     )  # fmt: skip
     language = Stack(
         _layers("language_model.layers", plan, reached=before_text),
         text.hidden_size, text.num_attention_heads, text.num_key_value_heads, text.head_dim,
-        2 * text.intermediate_size, text.intermediate_size, causal=True,
+        2 * text.intermediate_size, text.intermediate_size, causal=True, fed=before_text,
     )  # fmt: skip
     counts = {part: 0 for part in Part}
     trained, copied = dict(counts), dict(counts)

@@ -1,6 +1,8 @@
 """Peak memory of a rank: walks through a step of the fused pass and says what is there when most is there."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from trainer.cost.anatomy import Anatomy, Layer, Stack
 from trainer.cost.layer_memory import FLOAT, Format, in_backward, in_forward, kept, masks, wide
@@ -18,6 +20,17 @@ _SPARE = 12
 """A checkpointed layer keeps more than its input while so many of its widest rows are free (`trainer.fused.layers`)."""
 _BUCKET = 200_000_000
 """Elements that ZeRO exchanges at once, at most (`trainer.zero2`)."""
+
+
+class Again(StrEnum):
+    """What of a checkpointed layer runs forward again in the backward pass."""
+
+    WIDE = "the MLP's first product"
+    ALL = "all but the MLP's last product"
+
+
+Remade = Mapping[tuple[Part, int], Again]
+"""By part and index of the layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +72,7 @@ class Memory:
     """Held for a moment."""
     at: str
     """When it is."""
+    remade: Remade = field(default_factory=dict)
 
     @property
     def parts(self) -> dict[str, int]:
@@ -83,7 +97,7 @@ def peak_memory(of: Anatomy, batch: MicroBatch, layout: Layout) -> Memory:
     walk = _Walk(of, batch, layout)
     walk.forward()
     walk.backward()
-    return walk.most
+    return replace(walk.most, remade=walk.remade)
 
 
 def states(of: Anatomy, batch: MicroBatch, layout: Layout) -> Memory:
@@ -132,6 +146,7 @@ class _Walk:
         self._gradients = of.all_trained * FLOAT // self._pieces if layout.accumulation > 1 else 0
         self._kept = 0
         self._passed: list[_Passed] = []
+        self.remade: dict[tuple[Part, int], Again] = {}
         self.most = self._state
         self._note("the update", 0, gradients=of.all_trained * FLOAT // self._pieces)
 
@@ -164,7 +179,7 @@ class _Walk:
             working = passed.again + in_backward(
                 passed.stack, passed.layer, passed.rows, self._format, dropout=self._of.dropout
             )
-            self._add_gradients(f"backward, {passed.name}", working, passed.layer.trained, full=passed.layer.full)
+            self._add_gradients(f"backward, {passed.name}", working, passed.layer.trained)
             self._kept -= passed.kept
         if mergers:
             self._back_through_mergers()
@@ -181,11 +196,10 @@ class _Walk:
             widest, x = wide(stack, count, self._format), count * stack.width * self._format.row
             stays, again = whole, 0
             if part in self._layout.checkpointed:
-                if self._has_room(widest, whole + x):
-                    stays, again = whole - widest, widest + x
-                else:
-                    stays = x + masks(layer, count, dropout=dropout)
-                    again = whole - stays
+                room = self._has_room(widest, whole + x)
+                self.remade[part, index] = Again.WIDE if room else Again.ALL
+                stays = whole - widest if room else x + masks(layer, count, dropout=dropout)
+                again = widest + x if room else whole - stays
             self._kept += stays
             self._passed.append(_Passed(f"{noun} {index}", stack, layer, count, stays, again))
 
@@ -215,7 +229,7 @@ class _Walk:
         widest = max(first.outputs for first, _ in self._of.mergers)
         rows = len(self._of.mergers) * self._of.text.width + 3 * widest
         self._add_gradients(
-            "backward, aligner", merged * rows * FLOAT, self._of.trained[Part.ALIGNER], full=True
+            "backward, aligner", merged * rows * FLOAT, self._of.trained[Part.ALIGNER]
         )
         self._kept -= self._mergers()
 
@@ -233,9 +247,8 @@ class _Walk:
         floats = 3 if rows > at_once else 2
         return numbers * (floats * FLOAT + (size if size < FLOAT else 0))
 
-    def _add_gradients(self, at: str, working: int, trained: int, *, full: bool) -> None:
+    def _add_gradients(self, at: str, working: int, trained: int) -> None:
         """A moment at which gradients of so many parameters are made, beside others that are there already."""
-        del full
         own = trained * FLOAT
         if self._layout.accumulation > 1 or self._pieces > 1:
             self._note(at, working + own)
