@@ -69,6 +69,9 @@ class Cell:
         """The settings of a run that would do this."""
         text, vision = PARTS[self.checkpointed]
         return {
+            "custom.digits.train": str(max(32, self.samples * self.ranks)),
+            "custom.digits.val": "2",
+            "custom.digits.ood": "2",
             "launch.nproc": str(self.ranks),
             "deepspeed.enabled": str(self.zero).lower(),
             "training.gradient_checkpointing": text,
@@ -153,9 +156,7 @@ def in_processes(cell: Cell) -> dict[str, Any]:
     if cell.ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cell.ranks}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*command, __file__, "--cell", str(cell)], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([*command, __file__, "--cell", str(cell)], env=environment, capture_output=True, text=True)
     lines = [line[line.index('{"arm"') :] for line in done.stdout.splitlines() if '{"arm"' in line]
     if done.returncode or len(lines) != cell.ranks:
         raise RuntimeError(f"{cell} ended with {done.returncode}:\n{done.stderr[-4000:]}")
