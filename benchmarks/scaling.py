@@ -17,7 +17,7 @@ from typing import Any
 from trainer import build
 from trainer.config.load import load
 from trainer.cost.anatomy import Anatomy, anatomy_of
-from trainer.cost.duration import CARDS, Card, Layered, Rates, step_seconds
+from trainer.cost.duration import CARDS, Card, Rates, busy_seconds, exchanged
 from trainer.cost.layer_memory import Format
 from trainer.cost.memory import Layout, Memory, peak_memory
 from trainer.cost.microbatch import MicroBatch
@@ -113,8 +113,8 @@ def h200_steps() -> Iterator[tuple[str, float, float]]:
         ("two packs, 500 words shared", "ours_shared_prompt", samples(20, 500), False),
     ):
         remade = peak_memory(of, batch, replace(layout, inputs_only=inputs_only)).remade
-        parts = step_seconds(of, batch, remade, form, CARDS[0].rates, Layered(1))
-        yield what, found[key]["step_seconds"], sum(parts.values())
+        computed = busy_seconds(of, batch, remade, form, CARDS[0].rates)
+        yield what, found[key]["step_seconds"], sum(computed.values())
 
 
 @cache
@@ -137,8 +137,8 @@ def on(size: str, arm: str, packs: int, *, gpus: int = 1, card: Card = CARDS[0],
 def seconds(size: str, arm: str, packs: int, gpus: int, card: Card = CARDS[0]) -> float:
     """Of a micro-batch on every GPU, with the exchange where there are several."""
     of, remade = anatomy(f"random:{size}", arm), on(size, arm, packs, gpus=gpus, card=card).remade
-    step = Layered(1, gpus, 2)
-    return sum(step_seconds(of, samples(packs * PACK), remade, Format(2, gpu=True), card.rates, step).values())
+    busy = busy_seconds(of, samples(packs * PACK), remade, Format(2, gpu=True), card.rates)
+    return sum(busy.values()) + exchanged(of, ranks=gpus, zero=2) / card.rates.exchange
 
 
 def packs_that_fit(size: str, arm: str, gpus: int, card: Card) -> int:

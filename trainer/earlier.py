@@ -1,9 +1,7 @@
 """How fast earlier runs of the same work were on this machine, read from the folders that they left."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trainer import names
 from trainer.config.resolved import Resolved
@@ -40,16 +38,13 @@ def earlier_pace(resolved: Resolved) -> Pace | None:
 
     Learning rates, seed, length of training and evaluations may differ: they do not change what a step costs.
     """
-    own = _work(resolved.params())
+    own = {k: v for k, v in resolved.params().items() if k.startswith(_DECIDES) or k in _DECIDE_TOO}
     for path, facts in runs_below(Path(resolved.config.training.output_dir)):  # the newest first
-        if is_of_this_host(facts) and _work(facts["params"]) == own and (row := _last_row(path / SPOOL)):
+        same = all(facts["params"].get(key) == value for key, value in own.items())
+        if same and is_of_this_host(facts) and (row := _last_row(path / SPOOL)):
             tokens, seconds = row[names.TOKENS_SEEN], row[names.TRAIN_SECONDS]
             return Pace(tokens / seconds, path.name, int(tokens))
     return None
-
-
-def _work(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in params.items() if key.startswith(_DECIDES) or key in _DECIDE_TOO}
 
 
 def _last_row(spool: Path) -> dict[str, float] | None:

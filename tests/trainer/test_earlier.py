@@ -24,7 +24,8 @@ def leave_run(folder: Path, of: Resolved, *, tokens: float, seconds: float, bega
     """What a run leaves behind."""
     path = folder / f"run-{began:g}"
     facts = {
-        "format": 1, "key": "k", "name": "n", "state": "over", "began": began, "store": "s", "params": of.params(),
+        "format": 1, "key": "k", "name": "n", "state": "over", "began": began, "store": "s",
+        "params": {**of.params(), "data.train_digest": "as runs have it"},
         "left_upto": 0, "pid": 1, "host": host or socket.gethostname(),
     }  # fmt: skip
     path.mkdir()

@@ -1,6 +1,5 @@
 """Seconds of a step from its operations: products, attention and small operations each at a measured rate."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainer.cost.anatomy import Anatomy
@@ -29,7 +28,7 @@ class Rates:
 
 
 # From one step of twenty samples of 2,000 tokens with random weights of the 4B (`benchmarks/results/performance/
-# gpu_last6_lora.json`: kernels of the profile by kind, and what is left of the 2.105 s of a step); a test makes them again.
+# gpu_last6_lora.json`: kernels of its profile by kind, and what is left of its 2.105 s); a test makes them again.
 H200 = Rates(products=705.8e12, attention=233.8e12, small=0.991e12, exchange=300e9)
 
 
@@ -71,43 +70,28 @@ def card_of(name: str) -> Card | None:
     return next((card for card in CARDS if card.name in name), None)
 
 
-@dataclass(frozen=True, slots=True)
-class Layered:
-    """What a step consists of, for its time."""
-
-    micro_batches: int
-    """Of one rank."""
-    ranks: int = 1
-    zero: int = 0
-
-
-def step_seconds(
-    of: Anatomy, batch: MicroBatch, remade: Remade, form: Format, rates: Rates, step: Layered
-) -> Mapping[str, float]:
-    """Seconds of an optimizer step by what is done, all ranks at once.
+def busy_seconds(of: Anatomy, batch: MicroBatch, remade: Remade, form: Format, rates: Rates) -> dict[str, float]:
+    """Seconds of a micro-batch on one GPU, by what is done.
 
     Args:
         of: the model.
-        batch: a micro-batch of one rank.
+        batch: the micro-batch.
         remade: which layers run forward again.
         form: number format.
         rates: of the card.
-        step: micro-batches, ranks.
     """
     done = total(operations_of(of, batch, remade))
-    of_small = small_bytes(of, batch, remade, form)
     return {
-        "products": step.micro_batches * done.products / rates.products,
-        "attention": step.micro_batches * done.attention / rates.attention,
-        "small operations": step.micro_batches * of_small / rates.small,
-        "exchange": exchanged(of, step) / rates.exchange,
+        "products": done.products / rates.products,
+        "attention": done.attention / rates.attention,
+        "small operations": small_bytes(of, batch, remade, form) / rates.small,
     }
 
 
-def exchanged(of: Anatomy, step: Layered) -> float:
+def exchanged(of: Anatomy, *, ranks: int, zero: int = 0, micro_batches: int = 1) -> float:
     """Bytes that each rank sends in a step: a ring passes every gradient on twice, ZeRO-2 once a micro-batch and once.
 
     Rajbhandari et al. 2020, arXiv:1910.02054, section 7.
     """
-    share = of.all_trained * FLOAT * (step.ranks - 1) / step.ranks
-    return share * (step.micro_batches + 1 if step.zero == 2 else 2)
+    share = of.all_trained * FLOAT * (ranks - 1) / ranks
+    return share * (micro_batches + 1 if zero == 2 else 2)

@@ -192,7 +192,9 @@ class _Walk:
                 continue
             count = with_words if index >= stack.frozen else rows
             whole = kept(stack, layer, count, self._format, dropout=dropout)
-            self._note(f"forward, {noun} {index}", whole + in_forward(stack, layer, count, self._format, dropout=dropout))
+            self._note(
+                f"forward, {noun} {index}", whole + in_forward(stack, layer, count, self._format, dropout=dropout)
+            )
             widest, x = wide(stack, count, self._format), count * stack.width * self._format.row
             stays, again = whole, 0
             if part in self._layout.checkpointed:
@@ -228,9 +230,7 @@ class _Walk:
         merged = self._batch.patches // self._of.merged
         widest = max(first.outputs for first, _ in self._of.mergers)
         rows = len(self._of.mergers) * self._of.text.width + 3 * widest
-        self._add_gradients(
-            "backward, aligner", merged * rows * FLOAT, self._of.trained[Part.ALIGNER]
-        )
+        self._add_gradients("backward, aligner", merged * rows * FLOAT, self._of.trained[Part.ALIGNER])
         self._kept -= self._mergers()
 
     def _head(self) -> int:

@@ -7,7 +7,8 @@ see each other (Chowdhery et al. 2022, arXiv:2204.02311, appendix B, with the ca
 within samples). Norms, gates and the embedding are no products and are not counted here.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 from trainer.cost.anatomy import Anatomy, Layer, Stack
@@ -56,14 +57,12 @@ class Operations:
         """All that is not attention."""
         return self.done - self.attention
 
+    def times(self, factor: float) -> "Operations":
+        """So many times all of it."""
+        return Operations(*(factor * getattr(self, each.name) for each in fields(self)))
+
     def __add__(self, other: "Operations") -> "Operations":
-        return Operations(
-            self.forward + other.forward,
-            self.inputs + other.inputs,
-            self.weights + other.weights,
-            self.again + other.again,
-            self.attention + other.attention,
-        )
+        return Operations(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
 
 
 def operations_of(of: Anatomy, batch: MicroBatch, remade: Remade, *, training: bool = True) -> dict[Where, Operations]:
@@ -93,7 +92,7 @@ def operations_of(of: Anatomy, batch: MicroBatch, remade: Remade, *, training: b
     return found
 
 
-def total(parts: dict[Where, Operations]) -> Operations:
+def total(parts: Mapping[Where, Operations]) -> Operations:
     """Of all parts together."""
     return sum(parts.values(), start=Operations())
 
