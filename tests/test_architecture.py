@@ -29,6 +29,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cache": (),
     "fused.choice": ("fused.*", "gradient_checkpointing", "model", "strategy"),
     "fused.*": ("fused.*", "cache"),
+    "cost.*": ("cost.*", "strategy"),
+    "earlier": ("config.resolved", "names", "runs", "spool"),
+    "show_cost": ("cost.*", "estimate"),
     "collector": (),
     "launch": ("errors", "signals"),
     "gpus": ("attention", "config.*", "errors"),
@@ -250,6 +253,8 @@ def test_only_run_knows_both_the_loop_and_the_tracking() -> None:
         ("loop", "mlflow"),
         ("halving", "torch"),
         ("halving", "mlflow"),
+        ("cost.memory", "torch"),
+        ("cost.operations", "torch"),
         ("run", "mlflow"),  # of several ranks only the first has it imported
     ],
 )

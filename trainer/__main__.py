@@ -94,7 +94,13 @@ def _run_ranks(resolved: Resolved) -> None:
 @cli.command(context_settings=EXTRA, epilog=OVERRIDES_HELP)
 @config_options
 def plan(context: click.Context, config: str, profile: str | None, **short: str | None) -> None:
-    """Print what a run would do, without training: settings with their origin, parameters, steps, batch."""
+    """Print what a run would do, without training: settings with their origin, parameters, steps, batch.
+
+    It ends with memory and time. Memory is computed from the model's shapes, what trains, and the largest micro-batch
+    of the first epoch; so are operations. Time is that of an earlier run of the same work in training.output_dir on
+    this machine; else, on a GPU that is known, operations at rates measured on an H200; else it is not known. A run in
+    bfloat16 on a machine without a GPU is also told on as many H200s as launch.nproc says.
+    """
     resolved = resolve(context, config, profile, short)
     tell(resolved)
     with collector.at_rest():

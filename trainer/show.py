@@ -8,9 +8,11 @@ from trainer import build, names
 from trainer.addresses import tracking_uri, without_password
 from trainer.config.resolved import Resolved
 from trainer.config.schema import Config
+from trainer.estimate import estimate
 from trainer.facts import batch_arithmetic
 from trainer.optim import Schedule
 from trainer.run import Outcome
+from trainer.show_cost import cost_lines
 from trainer.strategy import Method, ParameterPlan
 
 
@@ -37,6 +39,9 @@ def show_plan(resolved: Resolved, console: Console | None = None) -> None:
         f"({100 * counts['total'] / plan.total_parameters():.2f} %); vision blocks {_span(plan.vision_blocks)}\n"
     )
     for line in _budget_lines(prepared, config, resolved.chosen):
+        console.print(line, markup=False)
+    console.print()
+    for line in cost_lines(estimate(resolved, prepared), total_steps=prepared.budget.total_steps):
         console.print(line, markup=False)
 
 

@@ -1,6 +1,8 @@
 """A record as the model meets it: chat template, token ids, image patches, positions, and what is supervised."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 import numpy as np
@@ -149,6 +151,12 @@ class Encoder:
         """Tokens of the record's sample before anything is cut, without looking at its pixels."""
         words, image = self._prompt_parts(record)
         return TokenCounts(words, image, len(self._answer_ids(record)))
+
+    def opening(self, records: Iterable[Record]) -> int:
+        """Words with which the prompts of all these records begin, before the first image."""
+        kinds = {(len(record.images), record.task): record for record in records}
+        starts = [takewhile(lambda token: token != self._image_id, self._prompt_ids(r)) for r in kinds.values()]
+        return sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*starts, strict=False)))
 
     def length(self, record: Record) -> int:
         """Tokens of the record's sample, without looking at its pixels; above `max_length` it cannot be encoded."""
