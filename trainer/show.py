@@ -11,6 +11,7 @@ from trainer.config.schema import Config
 from trainer.facts import batch_arithmetic
 from trainer.optim import Schedule
 from trainer.run import Outcome
+from trainer.stages import spans
 from trainer.strategy import Method, ParameterPlan
 
 
@@ -34,7 +35,7 @@ def show_plan(resolved: Resolved, console: Console | None = None) -> None:
     counts = plan.trainable_parameters()
     console.print(
         f"trainable {counts['total']:,} of {plan.total_parameters():,} parameters "
-        f"({100 * counts['total'] / plan.total_parameters():.2f} %); vision blocks {_span(plan.vision_blocks)}\n"
+        f"({100 * counts['total'] / plan.total_parameters():.2f} %); vision blocks {spans(plan.vision_blocks)}\n"
     )
     for line in _budget_lines(prepared, config, resolved.chosen):
         console.print(line, markup=False)
@@ -118,10 +119,3 @@ def _budget_lines(prepared: build.Prepared, config: Config, ranks: str) -> list[
         f"optimizer steps  ceil({packs} / {batch}) = {plan.steps_in_epoch(0)} an epoch; {length} "
         f"in all, of which {budget.warmup_steps} warm-up",
     ]
-
-
-def _span(indices: tuple[int, ...]) -> str:
-    if not indices:
-        return "none"
-    contiguous = indices == tuple(range(indices[0], indices[-1] + 1))
-    return f"{indices[0]}-{indices[-1]}" if contiguous else ",".join(map(str, indices))
