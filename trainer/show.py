@@ -1,5 +1,7 @@
 """Prints what a run would do (`trainer plan`) and what a run has done, for people."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -11,7 +13,7 @@ from trainer.config.schema import Config
 from trainer.facts import batch_arithmetic
 from trainer.optim import Schedule
 from trainer.run import Outcome
-from trainer.stages import spans
+from trainer.stages import Stage, spans
 from trainer.strategy import Method, ParameterPlan
 
 
@@ -37,7 +39,7 @@ def show_plan(resolved: Resolved, console: Console | None = None) -> None:
         f"trainable {counts['total']:,} of {plan.total_parameters():,} parameters "
         f"({100 * counts['total'] / plan.total_parameters():.2f} %); vision blocks {spans(plan.vision_blocks)}\n"
     )
-    for line in _budget_lines(prepared, config, resolved.chosen):
+    for line in (*_budget_lines(prepared, config, resolved.chosen), *_stage_lines(prepared.stages, prepared.schedule)):
         console.print(line, markup=False)
 
 
@@ -85,6 +87,21 @@ def _plan_lines(plan: ParameterPlan, schedule: Schedule, weight_decay: float) ->
         decay = f"{weight_decay:g}, matrices only" if trained else "-"
         lines.append(f"{part:<9}{rule.method:<8}{len(tensors):>8}{parameters:>14,}  {rate:<10}{decay:<20}")
         lines.append(f"         {rule.pattern}")
+    return lines
+
+
+def _stage_lines(stages: Sequence[Stage], schedule: Schedule) -> list[str]:
+    """A line for each stage: its steps, the vision blocks that train, and how long those that are new warm up."""
+    if len(stages) == 1:
+        return []
+    ends = [*(stage.start for stage in stages[1:]), schedule.total_steps]
+    lines = [f"stages           steps 1-{ends[0]}: vision blocks {spans(stages[0].blocks)}"]
+    for before, stage, end in zip(stages, stages[1:], ends[1:], strict=False):
+        new = spans(tuple(block for block in stage.blocks if block not in before.blocks))
+        lines.append(
+            f"                 steps {stage.start + 1}-{end}: vision blocks {spans(stage.blocks)}; "
+            f"{new} new, with {schedule.warmup_of(stage.start)} steps of warm-up"
+        )
     return lines
 
 
