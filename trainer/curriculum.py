@@ -1,6 +1,5 @@
 """What trains when: the model in each stage of a run, the gate over it, and the switch to the next stage."""
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -58,7 +57,6 @@ class Course:
             return None
         before = self._stages[self._now].blocks
         moments = engine.let_go()
-        gc.collect()
         self._now += 1
         self._switch_on()
         known = self.gate.hand_over([t.name for t in self.trained if t.start == step], step)

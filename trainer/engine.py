@@ -4,6 +4,7 @@ The loss is a sum over the supervised tokens of the *whole* step, so gradients o
 DistributedDataParallel and DeepSpeed divide by the number of ranks, and the loss is multiplied by it beforehand.
 """
 
+import gc
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -65,6 +66,8 @@ class Engine:
         moments = {tensor.name: self.moments(tensor) for tensor in self.trained}
         del self.loss, self._model, self.optimizer
         self._accelerator.free_memory()
+        if self.ranks > 1:
+            gc.collect()  # only now does nobody hold DistributedDataParallel, whose hooks go with it
         return moments
 
     def accumulate(self, batch: Batch, n_supervised: int, *, last: bool) -> Tensor:

@@ -1,5 +1,6 @@
 """A run with stages: blocks wait to the bit, what trains goes on as it was, and the gate looks anew at every switch."""
 
+import gc
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -37,6 +38,15 @@ FROM_STEP = {**dict.fromkeys((22, 23), 0), **dict.fromkeys((20, 21), 3), **dict.
 POINTS = (3, 4, 6)
 KINDS = [("plain", Method.LORA), ("fused", Method.LORA), ("fused", Method.FULL)]
 HELD_OUT = tiny_batch([7, 9], seed=99)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_heap() -> Iterator[None]:
+    """A switch collects garbage, which takes a second among all that tests have imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Silent:
