@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from tests.faults.comparing import SHORT, assert_same, result_of
+from tests.faults.comparing import SHORT, Result, assert_same, result_of
 from tests.running import ROOT, empty_store, environment, flags, runs_in, start_trainer, trainer, wait_for
 from trainer import names
 
@@ -64,13 +64,14 @@ def test_across_switches_any_layout_gives_the_losses_of_one_rank(layout: str) ->
     print(f"\n{layout}: largest difference {worst:.1e}")
 
 
-def left_alone(command: list[str], folder: Path) -> tuple[str, Path]:
-    """A run that nothing happens to, whose last resume point is kept."""
-    folder.mkdir()
+@functools.cache
+def left_alone(ranks: int) -> Result:
+    """A run under ZeRO-2 that nothing happens to; of one rank the last resume point is kept."""
+    folder = Path(tempfile.mkdtemp(prefix="alone-"))
     store = empty_store(folder)
-    done = kept(command, folder, store)
+    done = kept(ZERO, folder, store) if ranks == 1 else trainer(*ZERO_ON_TWO, cwd=folder, store=store, timeout=600)
     assert done.returncode == 0, done.stderr
-    return store, folder
+    return result_of(folder, store)
 
 
 def kept(
@@ -83,36 +84,29 @@ def kept(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("unharmed", "seconds"), [(3, 0.0), (3, 0.4), (6, 0.2), (7, 0.3)], ids=str)
+@pytest.mark.parametrize(("unharmed", "seconds"), [(3, 0.0), (3, 0.4), (7, 0.2)], ids=str)
 def test_killed_at_a_switch_under_zero2_and_resumed_it_is_bit_identical(
     tmp_path: Path, unharmed: int, seconds: float
 ) -> None:
     """SIGKILL as the switch begins, while the engine is rebuilt, and in the stage behind it, with dropout."""
-    store, alone = left_alone(ZERO, tmp_path / "alone")
-    (tmp_path / "killed").mkdir()
-    other = empty_store(tmp_path / "killed")
-    fault = {"place": "a switch of stages", "unharmed": unharmed, "seconds": seconds}
-    assert kept(ZERO, tmp_path / "killed", other, fault).returncode == -signal.SIGKILL
-    resumed = kept(ZERO, tmp_path / "killed", other)
+    store = empty_store(tmp_path)
+    fault: dict[str, object] = {"place": "a switch of stages", "unharmed": unharmed, "seconds": seconds}
+    assert kept(ZERO, tmp_path, store, fault).returncode == -signal.SIGKILL
+    resumed = kept(ZERO, tmp_path, store)
     assert resumed.returncode == 0 and "going on with" in resumed.stderr, resumed.stderr
-    assert_same(result_of(tmp_path / "killed", other), result_of(alone, store))
+    assert_same(result_of(tmp_path, store), left_alone(1))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", ["20, 21 begin", "18, 19 begin", "step 5/9"])
+@pytest.mark.parametrize("at", ["20, 21 begin", "step 8/9  train"])
 def test_two_ranks_under_zero2_killed_in_any_stage_go_on_bit_identical(tmp_path: Path, at: str) -> None:
     """All processes at once, at a switch and within a stage."""
-    (tmp_path / "alone").mkdir()
-    store = empty_store(tmp_path / "alone")
-    done = trainer(*ZERO_ON_TWO, cwd=tmp_path / "alone", store=store, timeout=600)
-    assert done.returncode == 0, done.stderr
-    (tmp_path / "killed").mkdir()
-    other = empty_store(tmp_path / "killed")
-    process = start_trainer(*ZERO_ON_TWO, cwd=tmp_path / "killed", store=other)
+    store = empty_store(tmp_path)
+    process = start_trainer(*ZERO_ON_TWO, cwd=tmp_path, store=store)
     wait_for(process, at)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(60)
     time.sleep(1)  # until the kernel has ended the other ranks too, which hold the run's lock
-    resumed = trainer(*ZERO_ON_TWO, cwd=tmp_path / "killed", store=other, timeout=600)
+    resumed = trainer(*ZERO_ON_TWO, cwd=tmp_path, store=store, timeout=600)
     assert resumed.returncode == 0 and "going on with" in resumed.stderr, resumed.stderr
-    assert_same(result_of(tmp_path / "killed", other), result_of(tmp_path / "alone", store))
+    assert_same(result_of(tmp_path, store), left_alone(2))

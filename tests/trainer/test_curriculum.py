@@ -270,7 +270,7 @@ def test_an_adapter_of_any_stage_loads_with_peft_alone(whole: Training) -> None:
 # --- the gate -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("which", "step"), [(21, 4), (23, 4), (18, 7)], ids=str)
+@pytest.mark.parametrize(("which", "step"), [(21, 4), (23, 4)], ids=str)
 def test_a_gradient_of_zero_after_a_switch_is_caught(tmp_path: Path, which: int, step: int) -> None:
     """Of what is new and of what goes on, which a ZeRO-2 engine that is taken apart too late would silence."""
     run = training(tmp_path)
@@ -287,7 +287,7 @@ def test_a_gradient_of_zero_after_a_switch_is_caught(tmp_path: Path, which: int,
 
 
 @pytest.mark.parametrize(
-    ("name", "at", "found"), [("blocks.21.attn.qkv.lora_A", 3, 3), ("language_model.embed_tokens", 6, 8)]
+    ("name", "at", "found"), [("blocks.21.attn.qkv.lora_A", 3, 3), ("language_model.embed_tokens", 4, 5)]
 )
 def test_what_is_frozen_and_changes_is_caught_in_any_stage(tmp_path: Path, name: str, at: int, found: int) -> None:
     """A block that waited, by one number, at its switch; the base, by digests of the beginning, at the next look."""
