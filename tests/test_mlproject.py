@@ -74,8 +74,8 @@ def test_an_entry_point_runs_without_parameters_and_uses_every_one_it_has(entry:
 
 
 def test_every_short_option_of_run_is_a_parameter_of_every_strategy() -> None:
-    """`-P seed=18` works wherever `--seed 18` does."""
-    options = {p.name for p in cli.commands["run"].params if isinstance(p, click.Option)}
+    """`-P seed=18` works wherever `--seed 18` does; under `mlflow run` nothing can pause (see `options`)."""
+    options = {p.name for p in cli.commands["run"].params if isinstance(p, click.Option)} - {"pause_after_samples"}
     for entry in STRATEGIES:
         assert set(ENTRY_POINTS[entry]["parameters"]) == options
     assert set(ENTRY_POINTS["main"]["parameters"]) == options | {"config"}

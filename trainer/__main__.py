@@ -11,7 +11,7 @@ import click
 
 from trainer import collector, data_commands, launch, redact, sync_command
 from trainer.config.resolved import Resolved
-from trainer.errors import Interrupted, TrainingStopped, UserError
+from trainer.errors import Interrupted, Paused, TrainingStopped, UserError
 from trainer.options import (
     EXTRA,
     OVERRIDES_HELP,
@@ -46,8 +46,9 @@ def cli() -> None:
 @config_options
 @resume_options
 def run(
-    context: click.Context, config: str, profile: str | None, resume: str, allow_drift: str, **short: str | None
-) -> None:
+    context: click.Context, config: str, profile: str | None, resume: str, allow_drift: str,
+    pause_after_samples: int | None, **short: str | None,
+) -> None:  # fmt: skip
     """Train one configuration and log it to MLflow; go on with it where it was interrupted."""
     try:
         resolved = resolve(context, config, profile, short, resume=resume)
@@ -70,7 +71,9 @@ def run(
         tell(resolved)
         if store is not None and store.away:
             click.echo(f"{store.name} does not answer ({store.away}); what is logged is kept beside the run", err=True)
-        outcome = root.run(resolved, logs_to=store, resume_from=resume or "auto", allow_drift=drift)
+        outcome = root.run(
+            resolved, logs_to=store, resume_from=resume or "auto", allow_drift=drift, pause_after=pause_after_samples
+        )
         if launch.is_first():
             show_outcome(outcome)
     except BaseException as error:
@@ -143,6 +146,9 @@ def _status() -> int:
         _let_the_first_rank_speak()
         click.echo(f"stopped: {error}", err=True)
         return EXIT_STOPPED
+    except Paused as error:
+        if launch.is_first():
+            click.echo(f"paused {error}; the same command goes on, with a larger number or without", err=True)
     except Interrupted as error:
         if launch.is_first():
             click.echo(f"interrupted {error}; the same command goes on from there", err=True)

@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from tests.conftest import shapes_of, tiny_batch, tiny_model
+from trainer.cadence import Cadence
 from trainer.checkpoint import write_adapter
 from trainer.curriculum import Course, Material
 from trainer.data.loader import Batch
@@ -23,7 +24,7 @@ from trainer.engine import Engine
 from trainer.events import CheckpointSaved, EvalDone, Event, GatePassed, Seen, StageBegun, StepDone
 from trainer.fused.forward import FusedLoss
 from trainer.gate import GateFailed, Verdict
-from trainer.loop import Cadence, EvalSet, Parts, fit
+from trainer.loop import EvalSet, Parts, fit
 from trainer.model import SupervisedLoss, apply_plan
 from trainer.optim import Schedule, make_optimizer
 from trainer.position import Position
