@@ -9,7 +9,7 @@ ARGS ?=
 # torch comes first and pinned: where a local build of it lies, pip must take that one and nothing may pull another.
 TORCH := torch==2.13.0
 
-STRATEGIES := last6_lora last6_full all_lora all_full frozen_vision last6_lora_noisy
+STRATEGIES := last6_lora last6_full all_lora all_full frozen_vision last4_lora last8_lora progressive_lora last6_lora_noisy
 
 .PHONY: help setup setup-dev test test-slow test-faults test-environment check format ui pocket_base $(STRATEGIES)
 

@@ -21,7 +21,8 @@ _MAKE_NO_ARM = (
 """Settings that may differ between runs of one arm."""
 
 DERIVED = (
-    names.TRAINABLE_PARAMETERS, names.DTYPE, names.VISION_BLOCKS, names.SKIPPED_RECORDS, names.IMAGE_PROCESSOR,
+    names.TRAINABLE_PARAMETERS, names.DTYPE, names.VISION_BLOCKS, names.VISION_STAGES, names.SKIPPED_RECORDS,
+    names.IMAGE_PROCESSOR,
 )  # fmt: skip
 """Params that follow from the settings and are none themselves."""
 

@@ -36,6 +36,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "launch": ("errors", "signals"),
     "gpus": ("attention", "config.*", "errors"),
     "ranks": ("addresses", "config.*", "errors", "gpus", "launch", "names", "redact", "runs"),
+    "stages": ("config.*", "errors", "optim", "strategy"),
+    "curriculum": ("engine", "gate", "model", "stages"),
     "engine": ("data.loader", "model"),
     "zero2": ("data.loader", "engine", "model"),
     "optim": ("model", "strategy", "errors"),

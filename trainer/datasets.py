@@ -6,6 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from rich.console import Console
+from rich.progress import track
+
+from trainer import launch
 from trainer.cache import cache_folder
 from trainer.config.schema import Config
 from trainer.data import loader
@@ -122,6 +126,15 @@ def check_summaries(config: Config, path: Path, train: Sequence[Record]) -> None
             "records with a `summary`, or custom.summary_ratio 0",
             "add summaries, or set custom.summary_ratio to 0",
         )
+
+
+def count_tokens(config: Config, samples: SampleSet) -> None:
+    """Measure the first epoch, which decides how many steps there are, with a progress bar; `samples` remembers it."""
+    if config.pack_length is None:
+        return
+    console = Console(stderr=True, quiet=not launch.is_first())
+    bar = partial(track, description="counting tokens", console=console, disable=not console.is_terminal)
+    samples.lengths(0, watch=partial(bar, transient=True))
 
 
 def mix_from(config: Config, *, training: bool) -> Mix:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from trainer import names
-from trainer.events import CheckpointSaved, EvalDone, Event, GatePassed, SaveFailed, StepDone, StoppedEarly
+from trainer.events import CheckpointSaved, EvalDone, Event, GatePassed, SaveFailed, StageBegun, StepDone, StoppedEarly
 
 
 class Display:
@@ -51,6 +51,9 @@ class Display:
                 self._line(event.seen.step, f"could not save {event.what}: {event.reason}; {kept}", always=True)
             case GatePassed():
                 self._line(event.seen.step, "training gate passed: every planned tensor trains, no other has changed")
+            case StageBegun():
+                new, blocks = (", ".join(map(str, of)) for of in (event.new, event.blocks))
+                self._line(event.seen.step, f"vision blocks {new} begin to train; now {blocks} do", always=True)
             case StoppedEarly():
                 no_better = f"no better eval loss in {event.evaluations} evaluations"
                 self._line(event.seen.step, f"stopped early: {no_better}", always=True)

@@ -4,6 +4,7 @@ The loss is a sum over the supervised tokens of the *whole* step, so gradients o
 DistributedDataParallel and DeepSpeed divide by the number of ranks, and the loss is multiplied by it beforehand.
 """
 
+import gc
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -42,13 +43,32 @@ class Engine:
             trained: the tensors that train, in the model's order.
             max_grad_norm: norm to which the whole gradient is clipped.
         """
-        self.loss, self.trained, self.max_grad_norm = loss, trained, max_grad_norm
+        self.max_grad_norm = max_grad_norm
         self._accelerator = accelerator
-        self._model: Any
-        self.optimizer: torch.optim.Optimizer
-        self._model, self.optimizer = accelerator.prepare(loss, optimizer)
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self.device: torch.device = accelerator.device
+        self._model: Any
+        self.take_over(loss, optimizer, trained)
+
+    def take_over(
+        self, loss: torch.nn.Module, optimizer: torch.optim.Optimizer, trained: Sequence[TrainedTensor]
+    ) -> None:
+        """Train these from here on; what trained before was let go."""
+        self.loss, self.trained = loss, trained
+        self.optimizer: torch.optim.Optimizer
+        self._model, self.optimizer = self._accelerator.prepare(loss, optimizer)
+
+    def let_go(self) -> dict[str, dict[str, Tensor]]:
+        """Give up model and optimizer. Returns the `moments` of every tensor by its name, on all ranks.
+
+        All that hangs on the parameters goes with them: the hooks of an exchange of gradients, of ZeRO-2's pieces.
+        """
+        moments = {tensor.name: self.moments(tensor) for tensor in self.trained}
+        del self.loss, self._model, self.optimizer
+        self._accelerator.free_memory()
+        if self.ranks > 1:
+            gc.collect()  # only now does nobody hold DistributedDataParallel, whose hooks go with it
+        return moments
 
     def accumulate(self, batch: Batch, n_supervised: int, *, last: bool) -> Tensor:
         """Run a micro-batch forward and backward; gradients add up until `update`.
@@ -120,13 +140,13 @@ class Engine:
         """Give the optimizer its memory back; all ranks together.
 
         Args:
-            updates: how many it has made.
+            updates: how many it has made; it remembers nothing of tensors that have had none.
             moment: the whole of what it remembers of a tensor under a name (see `MOMENTS`).
         """
-        for tensor in self.trained:
+        for tensor in (tensor for tensor in self.trained if tensor.start < updates):
             parameter = tensor.parameter
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(updates), device=parameter.device),
+                "step": torch.tensor(float(updates - tensor.start), device=parameter.device),
                 **{name: moment(tensor, name).to(parameter.device) for name in MOMENTS},
             }
 

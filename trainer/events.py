@@ -117,6 +117,17 @@ class GatePassed:
 
 
 @dataclass(frozen=True, slots=True)
+class StageBegun:
+    """More vision blocks train from the next step on."""
+
+    seen: Seen
+    new: tuple[int, ...]
+    """The blocks that begin."""
+    blocks: tuple[int, ...]
+    """All that train."""
+
+
+@dataclass(frozen=True, slots=True)
 class StoppedEarly:
     """Training ends here: for `evaluations` evaluations the eval loss has not become better."""
 
@@ -124,4 +135,4 @@ class StoppedEarly:
     evaluations: int
 
 
-Event = StepDone | EvalDone | CheckpointSaved | SaveFailed | GatePassed | StoppedEarly
+Event = StepDone | EvalDone | CheckpointSaved | SaveFailed | GatePassed | StageBegun | StoppedEarly

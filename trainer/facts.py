@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from trainer.budget import Budget
 from trainer.build import Prepared
 from trainer.checkpoint import MANIFEST
 from trainer.config.resolved import Resolved
+from trainer.curriculum import Course
 from trainer.data.records import RecordSet
 from trainer.events import CheckpointSaved, EvalDone
-from trainer.gate import Gate
 from trainer.generation import Caption
 from trainer.inference.recipe import Recipe
+from trainer.stages import Stage, spans
 from trainer.strategy import Method, ParameterPlan
 from trainer.tracker import Tracker
 
@@ -87,6 +88,7 @@ def log_start(
             **{names.TRAINABLE_PARAMETERS + key: str(count) for key, count in plan.trainable_parameters().items()},
             **{names.DTYPE + part: dtype for part, dtype in dtypes.items()},
             names.VISION_BLOCKS: json.dumps(plan.vision_blocks),
+            **stages_param(prepared.stages),
             names.EFFECTIVE_BATCH_PACKS: str(budget.effective_batch),
             names.IMAGE_PROCESSOR: "Qwen2VLImageProcessorPil",
             **{names.SKIPPED_RECORDS + part: str(len(records.skipped)) for part, records in data.sets().items()},
@@ -108,6 +110,12 @@ def log_start(
     tracker.text(json.dumps(provenance.environment(), indent=1), names.ARTIFACT_ENVIRONMENT)
 
 
+def stages_param(stages: Sequence[Stage]) -> dict[str, str]:
+    """Optimizer steps before each stage, and the vision blocks that train in it; nothing where there is one stage."""
+    told = [{"after_step": stage.start, "blocks": stage.blocks} for stage in stages]
+    return {names.VISION_STAGES: json.dumps(told)} if len(stages) > 1 else {}
+
+
 def log_preview(tracker: Tracker, prepared: Prepared, *, mode: str, n_records: int) -> None:
     """A small contact sheet of what is trained on."""
     from trainer.preview import save_preview  # matplotlib, which takes a second, and only here
@@ -119,8 +127,8 @@ def log_preview(tracker: Tracker, prepared: Prepared, *, mode: str, n_records: i
         tracker.file(path)
 
 
-def log_gate(tracker: Tracker, gate: Gate) -> None:
-    """The gate's verdict and the numbers behind it."""
+def log_gate(tracker: Tracker, gate: Course) -> None:
+    """The gates' verdict and the numbers behind it."""
     tracker.tags({names.TAG_GATE: gate.verdict.value})
     tracker.text(json.dumps(gate.report(), indent=1), names.ARTIFACT_GATE)
 
@@ -155,6 +163,7 @@ def description(resolved: Resolved, prepared: Prepared) -> str:
     """The run in Markdown, as the MLflow UI shows it: what trains, on what, for how long."""
     plan, data, budget = prepared.plan, prepared.data, prepared.budget
     counts, total = plan.trainable_parameters(), plan.total_parameters()
+    staged = [f"- after step {s.start}: vision blocks {spans(s.blocks)}" for s in prepared.stages]
     rows = [
         f"| {part} | {rule.method} | `{rule.pattern}` | {len(tensors)} |"
         for part, rule, tensors in plan.by_rule()
@@ -171,6 +180,7 @@ def description(resolved: Resolved, prepared: Prepared) -> str:
             "| --- | --- | --- | --- |",
             *rows,
             "",
+            *([*staged, ""] if len(staged) > 1 else []),
             f"{budget.samples} training and {len(data.val.records)} validation records; {budget.total_steps} optimizer "
             f"steps of {batch_arithmetic(budget)}.",
         ]

@@ -12,8 +12,9 @@ error, while the loss still falls because aligner and LLM learn. The gate takes 
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,18 +45,30 @@ class GateFailed(TrainingStopped):
 class Gate:
     """Watches one stretch of training in which the set of trained tensors does not change."""
 
-    def __init__(self, trained: Sequence[TrainedTensor], frozen: Mapping[str, Tensor], *, last_look: int) -> None:
+    def __init__(
+        self,
+        trained: Sequence[TrainedTensor],
+        frozen: Mapping[str, Tensor],
+        *,
+        last_look: int,
+        first: int = 0,
+        known: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """Remember how every tensor starts.
 
         Args:
             trained: the tensors that the plan calls trainable.
             frozen: name -> every other tensor of the model.
             last_look: the optimizer step after which the weights are looked at; the last one where that comes first.
+            first: optimizer steps before the stretch; what `start`s earlier goes on training in it.
+            known: digests of frozen tensors by the gate of the stretch before (see `hand_over`).
         """
         self._trained, self._frozen = trained, frozen
-        self._last_look = last_look
-        self._start = {t.name: t.parameter.detach().cpu().clone() for t in trained}
-        self._frozen_digests = {name: digest(tensor) for name, tensor in frozen.items()}
+        self._first, self._last_look = first, last_look
+        # what goes on training is kept as a digest, which a resume point can hold: its start is not made again
+        self._start = {t.name: t.parameter.detach().cpu().clone() for t in trained if t.start == first}
+        self._went_on = {t.name: digest(t.parameter) for t in trained if t.start < first}
+        self._frozen_digests = {name: known.get(name) or digest(tensor) for name, tensor in frozen.items()}
         self._gradient_norms: dict[str, float] = {}
         self._update_norms: dict[str, float] = {}
         self._faults: dict[str, str] = {}
@@ -71,10 +84,10 @@ class Gate:
         Raises:
             GateFailed: a trained tensor has no, a zero or a non-finite gradient, or a frozen one has any.
         """
-        if step > 2:
+        if step > self._first + 2:
             return
         for tensor in self._trained:
-            if tensor.behind_zero == (step == 2):
+            if self._behind_zero(tensor) == (step == self._first + 2):
                 self._judge_gradient(tensor, gradient_of(tensor))
         for name, parameter in self._frozen.items():
             if parameter.grad is not None:
@@ -98,19 +111,26 @@ class Gate:
         if self._seen_weights or not (last or step == self._last_look):
             return False
         for tensor in self._trained:
-            if tensor.behind_zero and step < 2:
+            if self._behind_zero(tensor) and step < self._first + 2:
                 continue  # its turn would have been the second step
-            change = (weight_of(tensor).cpu() - self._start[tensor.name]).norm().item()
-            self._update_norms[tensor.name] = change
-            if not change > 0:
-                self._faults[tensor.name] = f"planned {tensor.method}, but {step} updates left it as it was"
-        for name, parameter in self._frozen.items():
-            if digest(parameter) != self._frozen_digests[name]:
-                self._faults[name] = "frozen, but its bytes have changed"
+            if not self._moved(tensor, weight_of(tensor).cpu()):
+                updates = step - self._first
+                self._faults[tensor.name] = f"planned {tensor.method}, but {updates} updates left it as it was"
+        self._judge_frozen(self._frozen)
         self._stop_on_faults("weights", step)
         self._seen_weights, self._looked_after = True, step
         self._start.clear()
         return self.verdict is Verdict.PASSED
+
+    def hand_over(self, beginning: Iterable[str], step: int) -> dict[str, str]:
+        """End the stretch: what begins to train now must be as it started. Returns the digest of every frozen tensor.
+
+        Raises:
+            GateFailed: it is not.
+        """
+        self._judge_frozen(beginning)
+        self._stop_on_faults("weights", step)
+        return self._frozen_digests
 
     @property
     def verdict(self) -> Verdict:
@@ -145,6 +165,7 @@ class Gate:
             "update_norms": self._update_norms,
             "seen_weights": self._seen_weights,
             "looked_after": self._looked_after,
+            "went_on": self._went_on,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -158,8 +179,25 @@ class Gate:
         self._gradient_norms = {str(name): float(norm) for name, norm in state["gradient_norms"].items()}
         self._update_norms = {str(name): float(norm) for name, norm in state["update_norms"].items()}
         self._seen_weights, self._looked_after = bool(state["seen_weights"]), int(state["looked_after"])
+        self._went_on = {str(name): str(start) for name, start in state.get("went_on", {}).items()}
         if self._seen_weights:
             self._start.clear()
+
+    def _behind_zero(self, tensor: TrainedTensor) -> bool:
+        """Whether its first gradient of the stretch is zero, and rightly so."""
+        return tensor.behind_zero and tensor.start == self._first
+
+    def _moved(self, tensor: TrainedTensor, weight: Tensor) -> bool:
+        if tensor.name in self._went_on:
+            return digest(weight) != self._went_on[tensor.name]
+        change: float = (weight - self._start[tensor.name]).norm().item()
+        self._update_norms[tensor.name] = change
+        return change > 0
+
+    def _judge_frozen(self, names: Iterable[str]) -> None:
+        for name in names:
+            if digest(self._frozen[name]) != self._frozen_digests[name]:
+                self._faults[name] = "frozen, but its bytes have changed"
 
     def _judge_gradient(self, tensor: TrainedTensor, gradient: Tensor | None) -> None:
         if gradient is None:

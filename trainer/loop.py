@@ -29,6 +29,7 @@ from trainer.events import (
     RecordLosses,
     SaveFailed,
     Seen,
+    StageBegun,
     StepDone,
     StoppedEarly,
 )
@@ -36,6 +37,8 @@ from trainer.gate import Gate
 from trainer.optim import Schedule, set_rates
 from trainer.position import NoWishes, Position, Progress, Wishes
 from trainer.seeds import derived_seed
+
+Switched = tuple[Gate, tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,9 @@ class Parts:
     schedule: Schedule
     gate: Gate
     seed: int
+    switch: Callable[[int], Switched | None] = lambda _: None
+    """Called after so many steps; where another set of tensors begins to train, the engine trains that one from then
+    on, and its gate is returned, with the vision blocks that begin, and all that train."""
 
 
 def fit(
@@ -133,6 +139,9 @@ def fit(
         if cadence.pause_after is not None and here.seen.samples >= cadence.pause_after:
             raise _interrupted(here, keep, Paused)
 
+        if switched := parts.switch(step):
+            parts = replace(parts, gate=switched[0])
+            emit(StageBegun(here.seen, *switched[1:]))
         started = time.perf_counter()
         done = train_step(parts, next(steps), here.seen, n_samples=cadence.n_samples)
         seen = replace(done.seen, train_seconds=here.seen.train_seconds + time.perf_counter() - started)

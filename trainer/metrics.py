@@ -20,6 +20,7 @@ from trainer.events import (
     RecordLosses,
     SaveFailed,
     Seen,
+    StageBegun,
     StepDone,
     StoppedEarly,
 )
@@ -125,7 +126,7 @@ class Meter:
                 return {names.CHECKPOINT_BYTES: float(event.size_bytes)}
             case StoppedEarly():
                 return self._train_row(self._without_row) if self._without_row else {}
-            case GatePassed() | SaveFailed():
+            case GatePassed() | SaveFailed() | StageBegun():
                 return {}
 
     def state(self) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class TrainedTensor:
     parameter: nn.Parameter
     behind_zero: bool
     """A LoRA A at the start: its gradient is zero until B has left zero."""
+    start: int = 0
+    """Optimizer steps that are done when it begins to train."""
 
 
 def folder_of(model: str, *, weights: bool = False) -> Path:

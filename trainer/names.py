@@ -94,6 +94,7 @@ METRICS: dict[str, Metric] = {
     GRAD_NORM + "total": Metric("norm before clipping"),
     **{GRAD_NORM + part: Metric("norm before clipping") for part in PARTS},
     **{LEARNING_RATE + part: Metric("per optimizer step") for part in PARTS},
+    LEARNING_RATE + "vision_newest": Metric("per optimizer step, of the blocks that began last"),
 }
 
 
@@ -110,6 +111,7 @@ def metric(name: str) -> Metric:
 TRAINABLE_PARAMETERS = "trainable_parameters/"
 DTYPE = "dtype/"
 VISION_BLOCKS = "vision.blocks_resolved"
+VISION_STAGES = "vision.stages_resolved"
 EFFECTIVE_BATCH_PACKS = "effective_batch.packs"
 IMAGE_PROCESSOR = "image_processor"
 SKIPPED_RECORDS = "skipped_records/"

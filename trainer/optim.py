@@ -21,12 +21,19 @@ class Schedule:
     warmup_steps: int
     total_steps: int
 
-    def rate(self, part: str, step: int) -> float:
-        """Learning rate of optimizer step `step`, counted from 1.
+    def warmup_of(self, start: int) -> int:
+        """Warm-up steps of what begins to train after `start` steps: the same share of the steps that it has."""
+        return math.ceil(round(self.warmup_steps * (1 - start / self.total_steps), 9))
+
+    def rate(self, part: str, step: int, start: int = 0) -> float:
+        """Learning rate of optimizer step `step`, counted from 1, of what trains since `start` steps were done.
 
         peak * step / warm-up while warming up (never 0), then floor + (peak - floor) * (1 + cos(pi * t)) / 2 with t the
         fraction of the remaining steps that is done (Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts).
+        What begins later has that rate times (step - start) / warm-up of its own while it warms up.
         """
+        if start and step - start < (own := self.warmup_of(start)):
+            return self.rate(part, step) * ((step - start) / own)
         peak = self.peaks[part]
         if step <= self.warmup_steps:
             return peak * (step / self.warmup_steps)
@@ -35,16 +42,16 @@ class Schedule:
 
 
 def parameter_groups(trained: Sequence[TrainedTensor], *, weight_decay: float) -> list[dict[str, Any]]:
-    """One group for each part and for decay or no decay, none of them empty; every trained tensor is in exactly one.
+    """One group for each part, start and decay or no decay, none empty; every trained tensor is in exactly one.
 
     Biases and norm weights (tensors of one dimension) are not decayed.
     """
-    groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+    groups: dict[tuple[str, int, bool], list[torch.nn.Parameter]] = {}
     for tensor in trained:
-        groups.setdefault((tensor.part.value, tensor.parameter.ndim > 1), []).append(tensor.parameter)
+        groups.setdefault((tensor.part.value, tensor.start, tensor.parameter.ndim > 1), []).append(tensor.parameter)
     return [
-        {"params": parameters, "part": part, "lr": 0.0, "weight_decay": weight_decay if decays else 0.0}
-        for (part, decays), parameters in sorted(groups.items())
+        {"params": ps, "part": part, "start": start, "lr": 0.0, "weight_decay": weight_decay if decays else 0.0}
+        for (part, start, decays), ps in sorted(groups.items())
     ]
 
 
@@ -54,7 +61,12 @@ def make_optimizer(trained: Sequence[TrainedTensor], *, weight_decay: float) -> 
 
 
 def set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> dict[str, float]:
-    """Set every group's rate for `step`; returns part -> the rate the optimizer now holds."""
+    """Set every group's rate for `step`; returns part -> the rate the optimizer now holds.
+
+    Where a part has groups that began later, the newest one's is under `PART_newest`.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = schedule.rate(group["part"], step)
-    return {group["part"]: float(group["lr"]) for group in optimizer.param_groups}
+        group["lr"] = schedule.rate(group["part"], step, group["start"])
+    return {
+        group["part"] + ("_newest" if group["start"] else ""): float(group["lr"]) for group in optimizer.param_groups
+    }

@@ -1,6 +1,7 @@
 """Composition root of one training run: builds everything top to bottom in data-flow order, and holds no logic."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from trainer import build, facts, launch, resume
@@ -9,14 +10,14 @@ from trainer.begin import AUTO, Asked, begin_on_ranks, open_tracker, restored
 from trainer.budget import cadence_from
 from trainer.checkpoint import Saver
 from trainer.config.resolved import Resolved
+from trainer.curriculum import Course
 from trainer.data.loader import train_steps
 from trainer.datasets import eval_sets_from, to_caption
 from trainer.display import Display
+from trainer.engines import join_ranks, make_engine, material_of
 from trainer.finish import score_checkpoints
-from trainer.gate import Gate
 from trainer.loop import Parts, fit
-from trainer.model import apply_plan, dtypes, trained_tensors
-from trainer.optim import make_optimizer
+from trainer.model import apply_plan, dtypes
 from trainer.position import Position
 from trainer.reporter import Reporter
 from trainer.runs import Identity
@@ -64,7 +65,7 @@ def run(
     prepared = build.prepare(resolved)
     config, training, budget = resolved.config, resolved.config.training, prepared.budget
     run_name = training.run_name or f"{prepared.name}-seed{training.seed}"
-    accelerator = build.join_ranks(prepared, config)
+    accelerator = join_ranks(prepared.zero, prepared.plan, budget, config)
     rank, ranks, first = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     store = launch.on_first_rank(accelerator, lambda: logs_to)
     rests = launch.on_first_rank(accelerator, lambda: facts.rests_on(resolved, prepared))
@@ -73,20 +74,18 @@ def run(
     with begin_on_ranks(accelerator, identity, Path(training.output_dir), asked) as begun:
         # model, wrapped as the plan says
         model = apply_plan(build.load_base(config, prepared.tools), prepared.plan, seed=training.seed)
-        trained = list(trained_tensors(model))
+        start = begun.point.position if begun.point else Position()
 
         # what the loop takes
-        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        gate = Gate(trained, frozen, last_look=budget.gate_look)  # has to see how tensors start, resumed or not
+        course = Course(model, prepared.stages, step=start.seen.step)  # has to see how tensors start, resumed or not
         # the first rank's are those that all ranks start from
-        launch.on_first_rank(accelerator, lambda: restored(begun, lambda point: resume.load_weights(point, trained)))
-        optimizer = make_optimizer(trained, weight_decay=training.weight_decay)
-        again, bf16 = build.checkpointed_parts(config), build.computes_in_bf16(config)
-        loss = prepared.forward_pass.of(model.to(accelerator.device), bf16=bf16, checkpointed=again)
-        engine = build.make_engine(accelerator, loss, optimizer, trained, config)
+        load = partial(resume.load_weights, trained=course.trained)
+        launch.on_first_rank(accelerator, lambda: restored(begun, load))
+        material = material_of(model, course, prepared.forward_pass, accelerator, config)
+        engine = make_engine(accelerator, material, course, config)
         restored(begun, lambda point: resume.load_moments(point, engine))
-        start = begun.point.position if begun.point else Position()
-        parts = Parts(engine, prepared.schedule, gate, training.seed)
+        switch = partial(course.switch, engine, make=material)
+        parts = Parts(engine, prepared.schedule, course.gate, training.seed, switch)
         samples, workers, best = prepared.samples, config.data.dataloader_num_workers, training.load_best_model_at_end
         steps = train_steps(samples, budget.plan, rank=rank, workers=workers, first_step=start.seen.step)
         eval_sets = eval_sets_from(config, prepared.data, prepared.encoder, samples.cache, rank=rank, ranks=ranks)
@@ -100,14 +99,14 @@ def run(
             for line in (*begun.lines, *prepared.no_effect):
                 display.say(line)
             reporter = Reporter(tracker, build.meter_from(config, budget.total_steps), display, begun.path)
-            remembers: dict[str, resume.Stateful] = {"gate": gate, "reporter": reporter}
+            remembers: dict[str, resume.Stateful] = {"gate": course, "reporter": reporter}
             restored(begun, lambda point: resume.restore_parts(point, remembers))
             if first and begun.point is None:
                 facts.log_start(tracker, resolved, prepared, dtypes(model), rests)
             told, keep = facts.recipe_from(resolved, prepared, rests, begun.key).facts(), training.save_total_limit
             saver = Saver(model, begun.path, keep=keep, accelerator=accelerator, facts=told)
             keeper = resume.Keeper(begun.path, engine, remembers, accelerator, told=tracker, key=begun.key)
-            tracker.at_end(lambda: facts.log_gate(tracker, gate))
+            tracker.at_end(lambda: facts.log_gate(tracker, course))
             tracker.at_end(lambda: facts.log_checkpoints(tracker, reporter.checkpoints, best))
             cadence = cadence_from(config, budget, pause_after)
             with SIGNALS.in_training():
@@ -118,4 +117,4 @@ def run(
             score_checkpoints(model, engine, prepared.encoder, captioned, reporter, tracker, batch_size=at_once)
     accelerator.wait_for_everyone()  # no rank ends while another still waits for it
     result = facts.result_of(reporter.checkpoints, best)
-    return Outcome(tracker.run_id, Path(result.path), dict(reporter.latest), gate.verdict.value, tracker.waiting)
+    return Outcome(tracker.run_id, Path(result.path), dict(reporter.latest), course.verdict.value, tracker.waiting)

@@ -1,5 +1,7 @@
 """Prints what a run would do (`trainer plan`) and what a run has done, for people."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +15,7 @@ from trainer.facts import batch_arithmetic
 from trainer.optim import Schedule
 from trainer.run import Outcome
 from trainer.show_cost import cost_lines
+from trainer.stages import Stage, spans
 from trainer.strategy import Method, ParameterPlan
 
 
@@ -36,9 +39,9 @@ def show_plan(resolved: Resolved, console: Console | None = None) -> None:
     counts = plan.trainable_parameters()
     console.print(
         f"trainable {counts['total']:,} of {plan.total_parameters():,} parameters "
-        f"({100 * counts['total'] / plan.total_parameters():.2f} %); vision blocks {_span(plan.vision_blocks)}\n"
+        f"({100 * counts['total'] / plan.total_parameters():.2f} %); vision blocks {spans(plan.vision_blocks)}\n"
     )
-    for line in _budget_lines(prepared, config, resolved.chosen):
+    for line in (*_budget_lines(prepared, config, resolved.chosen), *_stage_lines(prepared.stages, prepared.schedule)):
         console.print(line, markup=False)
     console.print()
     for line in cost_lines(estimate(resolved, prepared), total_steps=prepared.budget.total_steps):
@@ -92,6 +95,21 @@ def _plan_lines(plan: ParameterPlan, schedule: Schedule, weight_decay: float) ->
     return lines
 
 
+def _stage_lines(stages: Sequence[Stage], schedule: Schedule) -> list[str]:
+    """A line for each stage: its steps, the vision blocks that train, and how long those that are new warm up."""
+    if len(stages) == 1:
+        return []
+    ends = [*(stage.start for stage in stages[1:]), schedule.total_steps]
+    lines = [f"stages           steps 1-{ends[0]}: vision blocks {spans(stages[0].blocks)}"]
+    for before, stage, end in zip(stages, stages[1:], ends[1:], strict=False):
+        new = spans(tuple(block for block in stage.blocks if block not in before.blocks))
+        lines.append(
+            f"                 steps {stage.start + 1}-{end}: vision blocks {spans(stage.blocks)}; "
+            f"{new} new, with {schedule.warmup_of(stage.start)} steps of warm-up"
+        )
+    return lines
+
+
 def _budget_lines(prepared: build.Prepared, config: Config, ranks: str) -> list[str]:
     """Samples, packs, ranks where they were chosen, batch and steps, each with its arithmetic."""
     budget, data, encoder = prepared.budget, prepared.data, prepared.encoder
@@ -123,10 +141,3 @@ def _budget_lines(prepared: build.Prepared, config: Config, ranks: str) -> list[
         f"optimizer steps  ceil({packs} / {batch}) = {plan.steps_in_epoch(0)} an epoch; {length} "
         f"in all, of which {budget.warmup_steps} warm-up",
     ]
-
-
-def _span(indices: tuple[int, ...]) -> str:
-    if not indices:
-        return "none"
-    contiguous = indices == tuple(range(indices[0], indices[-1] + 1))
-    return f"{indices[0]}-{indices[-1]}" if contiguous else ",".join(map(str, indices))

@@ -60,6 +60,8 @@ class Target:
     blocks: str
     """`all`, `none`, `last-N`, `A-B` or a comma-separated list of indices; the aligner has no blocks and says `all`."""
     method: Method
+    key: str = "blocks"
+    """Last name of the key that says the blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +183,11 @@ def depth(shapes: Shapes, pattern: str) -> int:
     return max(indices) + 1 if indices else 0
 
 
+def vision_depth(shapes: Shapes) -> int:
+    """Number of vision blocks."""
+    return depth(shapes, _BLOCK)
+
+
 def resolve_blocks(spec: str, available: int, *, where: str, noun: str) -> tuple[int, ...]:
     """Indices that `all`, `none`, `last-N`, `A-B` or a comma list mean in a model with `available` blocks.
 
@@ -224,9 +231,8 @@ def rules_for(strategy: Strategy, shapes: Shapes, *, origins: Mapping[str, str] 
         origin = (origins or {}).get(key)
         return f"-P {key}" if origin == "-P" else f"{origin}: {key}" if origin else key
 
-    blocks = resolve_blocks(
-        strategy.vision.blocks, depth(shapes, _BLOCK), where=where("strategy.vision.blocks"), noun="vision blocks"
-    )
+    key = f"strategy.vision.{strategy.vision.key}"
+    blocks = resolve_blocks(strategy.vision.blocks, vision_depth(shapes), where=where(key), noun="vision blocks")
     layers = resolve_blocks(
         strategy.llm.blocks, depth(shapes, _LAYER), where=where("strategy.llm.layers"), noun="LLM layers"
     )

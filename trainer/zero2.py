@@ -84,6 +84,15 @@ class ZeroEngine(Engine):
         master: Tensor = safe_get_full_fp32_param(tensor.parameter)
         return master.detach()
 
+    def let_go(self) -> dict[str, dict[str, Tensor]]:
+        """Give up DeepSpeed's engine; see `Engine.let_go`."""
+        old: Any = self._model
+        moments = super().let_go()
+        # It destroys itself once more when it is collected, whenever that is, and would take the parameters from
+        # whichever engine has them by then: their gradients would be zero from there on.
+        old.destroy = lambda: None
+        return moments
+
     def moments(self, tensor: TrainedTensor) -> dict[str, Tensor]:
         """What the optimizer remembers of a tensor, gathered from all ranks."""
         mapping = cast(Any, tensor.parameter)._hp_mapping
@@ -97,13 +106,13 @@ class ZeroEngine(Engine):
         DeepSpeed's own checkpoint is not used: reading it can run code, and it fits one number of ranks.
         """
         zero: Any = self._model.optimizer
-        for flat in zero.single_partition_of_fp32_groups:
+        for group, flat in zip(zero.optimizer.param_groups, zero.single_partition_of_fp32_groups, strict=True):
             zero.optimizer.state[flat] = {
-                "step": torch.tensor(float(updates), device=flat.device),
+                "step": torch.tensor(float(updates - group["start"]), device=flat.device),
                 **{name: torch.zeros_like(flat) for name in MOMENTS},
             }
         self._find_pieces()
-        for tensor in self.trained:
+        for tensor in (tensor for tensor in self.trained if tensor.start < updates):
             for name in MOMENTS:
                 safe_set_full_optimizer_state(tensor.parameter, moment(tensor, name).to(self.device), name)
 

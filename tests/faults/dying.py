@@ -15,6 +15,7 @@ from typing import Any
 
 import trainer.begin
 import trainer.checkpoint
+import trainer.curriculum
 import trainer.loop
 import trainer.resume
 import trainer.run
@@ -63,6 +64,7 @@ PLACES: dict[str, Callable[[int, float], None]] = {
     "the start": lambda _, seconds: die_in(trainer.run, "open_tracker", 0, seconds),
     "the first step": lambda _, seconds: die_in(trainer.loop, "train_step", 0, seconds),
     "a later step": lambda n, seconds: die_in(trainer.loop, "train_step", n + 1, seconds),
+    "a switch of stages": lambda n, seconds: die_in(trainer.curriculum.Course, "switch", n, seconds),
     "an evaluation": lambda n, seconds: die_in(trainer.loop, "evaluate", n, seconds),
     "the save of a resume point": lambda n, seconds: die_in(trainer.resume, "write_folder", n, seconds),
     "the save of an adapter": lambda n, seconds: die_in(trainer.checkpoint, "write_folder", n, seconds),

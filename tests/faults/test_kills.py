@@ -30,6 +30,7 @@ EXTENT = {
     "the start": (0, 1.0),
     "the first step": (0, 0.4),
     "a later step": (4, 0.4),
+    "a switch of stages": (5, 0.1),  # of a run of one stage: where it is asked for
     "an evaluation": (9, 0.3),
     "the save of a resume point": (2, 0.06),
     "the save of an adapter": (1, 0.06),

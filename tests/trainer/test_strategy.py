@@ -28,6 +28,8 @@ from trainer.strategy import (
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "plans.json"
+SHIPPED = (*ARMS, "last4_lora", "last8_lora")
+"""The files of `experiments/` whose plans are kept: the five arms, and the ablations of depth."""
 LORA = Lora(rank=4, alpha=8, dropout=0.0)
 
 # Two vision blocks, one merger, one DeepStack merger and two LLM layers, by hand.
@@ -178,14 +180,26 @@ def shipped_plan(arm: str, size: str) -> ParameterPlan:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", SHIPPED)
 def test_the_plan_of_every_arm_on_every_released_size_is_the_golden_one(arm: str, size: str) -> None:
     """The shipped files on 2B, 4B, 8B and 32B (meta device); `python -m tests.trainer.test_strategy` writes it anew."""
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     assert summary(shipped_plan(arm, size)) == golden[size][arm]
 
 
+@pytest.mark.parametrize("size", ["8b", "32b"])
+@pytest.mark.parametrize(
+    ("arm", "first"), [("last4_lora", 23), ("last6_lora", 21), ("last6_full", 21), ("last8_lora", 19)]
+)
+def test_the_last_blocks_of_an_8b_or_32b_are_those_before_block_27(arm: str, first: int, size: str) -> None:
+    """Their towers are three blocks deeper than a 2B's or 4B's: last-6 is 21-26, and no block before trains."""
+    made = shipped_plan(arm, size)
+    assert made.vision_blocks == tuple(range(first, 27))
+    trained = {t.name.split(".")[3] for t in made.trained() if ".visual.blocks." in t.name}
+    assert trained == {str(block) for block in range(first, 27)}
+
+
 if __name__ == "__main__":
-    table = {size: {arm: summary(shipped_plan(arm, size)) for arm in ARMS} for size in SIZES}
+    table = {size: {arm: summary(shipped_plan(arm, size)) for arm in SHIPPED} for size in SIZES}
     GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

@@ -92,7 +92,7 @@ def load(config: str | Path, *, profile: str | None = None, overrides: Mapping[s
     _note_unused_length(root, shown_path(base), found)
     _note_unused_selection(root, found)
     warnings = [warning for source in [*chain, *profile_chain] for warning in source.warnings]
-    tree = checked.model_dump(mode="json")
+    tree = checked.model_dump(mode="json", by_alias=True)
     return Resolved(
         config=checked,
         name=path.stem,

@@ -125,7 +125,7 @@ def _translated(details: ErrorDetails, root: Node) -> Problem:
     dotted = _dotted(path)
     where = place(root.find(path).origin, dotted)
     if details["type"] in ("extra_forbidden", "union_tag_invalid", "union_tag_not_found"):
-        return _unknown_in_an_operation(details, where)
+        return _unknown_in_a_list(details, where)
     allowed, do = _WORDS.get(details["type"], (details["msg"], "correct the value"))
     allowed = allowed.format(**context)
     field = _field(loc, dotted)
@@ -145,9 +145,11 @@ def _field(loc: tuple[int | str, ...], dotted: str) -> FieldInfo | None:
     return field_of(dotted.partition("[")[0])
 
 
-def _unknown_in_an_operation(details: ErrorDetails, where: str) -> Problem:
-    """Return the problem of an operation or a parameter that nobody knows."""
-    if details["type"] != "extra_forbidden":
+def _unknown_in_a_list(details: ErrorDetails, where: str) -> Problem:
+    """Return the problem of an operation or a parameter, or of a key of a stage, that nobody knows."""
+    if details["loc"][:-2] == ("strategy", "vision", "schedule"):
+        got, known = details["loc"][-1], ["from", "blocks"]
+    elif details["type"] != "extra_forbidden":
         got, known = details.get("ctx", {}).get("tag", "an operation without a name"), [*PARAMS]
     else:
         *above, got = details["loc"]

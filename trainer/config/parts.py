@@ -1,5 +1,6 @@
 """Which parts of the model are trained and how: the `strategy` section, and `tuner` with its raw form of the same."""
 
+import itertools
 import re
 from typing import Annotated, Literal
 
@@ -61,6 +62,15 @@ def _check_span(section: str, key: str, span: str, method: Method) -> None:
         )
 
 
+class VisionStage(Section):
+    """One entry of `strategy.vision.schedule`: from when which vision blocks train."""
+
+    from_: Annotated[float, Field(ge=0, lt=1, alias="from")]
+    """Share of all optimizer steps that are done when it begins."""
+    blocks: Span
+    """All vision blocks that train from then on, those of the stages before among them."""
+
+
 class VisionStrategy(Section):
     """What is trained of the vision blocks."""
 
@@ -68,11 +78,52 @@ class VisionStrategy(Section):
     """Vision blocks from 0: all, none, last-N, A-B (both included), or numbers split by commas."""
     method: Method = "frozen"
     """How they are trained: lora, full, or frozen (with `blocks: none`)."""
+    schedule: Annotated[tuple[VisionStage, ...] | None, Field(strict=False)] = None
+    """Stages instead of `blocks`, each {from: share of the steps, blocks: all that train then}; null: one stage."""
+
+    @property
+    def stages(self) -> tuple[tuple[float, str], ...]:
+        """(Share of all optimizer steps before it, blocks that train in it) of each stage; one without a schedule."""
+        return tuple((stage.from_, stage.blocks) for stage in self.schedule or ()) or ((0.0, self.blocks),)
 
     @model_validator(mode="after")
     def _agree(self) -> "VisionStrategy":
-        _check_span("strategy.vision", "blocks", self.blocks, self.method)
+        if self.schedule is None:
+            _check_span("strategy.vision", "blocks", self.blocks, self.method)
+        else:
+            self._check_schedule([stage.from_ for stage in self.schedule])
         return self
+
+    def _check_schedule(self, shares: list[float]) -> None:
+        """Refuse a schedule beside blocks, without a method, or in no order."""
+        if self.blocks != "none":
+            raise Impossible(
+                f"blocks {self.blocks} and a schedule",
+                "either strategy.vision.blocks or strategy.vision.schedule",
+                "take the schedule out, or set strategy.vision.blocks to none: the schedule names the blocks",
+                "blocks",
+            )
+        if self.method == "frozen":
+            raise Impossible(
+                "a schedule with method frozen",
+                "method lora or full, the same in all stages",
+                "set strategy.vision.method, or set strategy.vision.schedule to null",
+                "method",
+            )
+        if not shares or shares[0] != 0 or any(a >= b for a, b in itertools.pairwise(shares)):
+            raise Impossible(
+                "a schedule without stages" if not shares else f"stages from {', '.join(map(str, shares))}",
+                "the first stage from 0.0, every other one later than the one before it",
+                "order the stages by `from`, beginning with 0.0",
+                "schedule",
+            )
+        if empty := [stage.from_ for stage in self.schedule or () if stage.blocks == "none"]:
+            raise Impossible(
+                f"no blocks in the stage from {empty[0]}",
+                "in every stage the blocks that train from then on",
+                "name blocks, such as last-2",
+                "schedule",
+            )
 
 
 class AlignerStrategy(Section):

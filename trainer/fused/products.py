@@ -66,8 +66,10 @@ def dropped(x: Tensor, mask: Tensor, kept: float) -> Tensor:
 
 
 def live(module: Any) -> Any:
-    """What computes: of a module that PEFT keeps a trained copy of, the copy."""
-    return module.modules_to_save[module.active_adapters[0]] if isinstance(module, ModulesToSaveWrapper) else module
+    """What computes: of a module that PEFT keeps a trained copy of, the copy, unless that is switched off."""
+    if not isinstance(module, ModulesToSaveWrapper):
+        return module
+    return module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Projection:
             base: Any = module
             if isinstance(module, LoraLayer):
                 base = module.base_layer
+            if isinstance(module, LoraLayer) and not module.disable_adapters:
                 (name,) = module.active_adapters
                 a: Any = module.lora_A[name].weight
                 b: Any = module.lora_B[name].weight

@@ -114,5 +114,6 @@ class VisionTower:
         """Other weights, places or formats are other rows."""
         visual = self._visual
         parts = (visual.patch_embed, visual.pos_embed, *map(live, visual.blocks[: self._frozen]))
-        digest = content_digest(p for part in parts for p in part.parameters())
+        # adapters that are switched off change no row
+        digest = content_digest(p for part in parts for n, p in part.named_parameters() if ".lora_" not in n)
         return f"{digest}-{'-'.join(map(str, self._places))}-{str(self._dtype).removeprefix('torch.')}"

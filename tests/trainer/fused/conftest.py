@@ -19,7 +19,10 @@ from trainer.fused import native
 from trainer.fused.forward import FusedLoss
 from trainer.model import SupervisedLoss, apply_plan, trained_tensors
 
-FILES = ("frozen_vision", "last6_lora", "last6_lora_noisy", "last6_full", "all_lora", "all_full")
+FILES = (
+    "frozen_vision", "last4_lora", "last6_lora", "last6_lora_noisy", "last8_lora", "last6_full", "all_lora", "all_full",
+    "progressive_lora",
+)  # fmt: skip
 """Every strategy file of `experiments/`; a test holds that."""
 
 Passes = Callable[..., Any]
