@@ -94,7 +94,7 @@ def run(
             lambda: open_tracker(begun, store, run_name=run_name, close_seconds=config.tracking.close_seconds),
             elsewhere=Tracker,
         )
-        with tracker, Display(budget.total_steps, quiet=not first) as display:
+        with tracker, Display(budget.total_steps, quiet=not first) as display, launch.with_the_others():
             for line in (*begun.lines, *prepared.no_effect):
                 display.say(line)
             reporter = Reporter(tracker, build.meter_from(config, budget.total_steps), display, begun.path)
