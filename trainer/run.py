@@ -14,6 +14,7 @@ from trainer.datasets import eval_sets_from, to_caption
 from trainer.display import Display
 from trainer.finish import score_checkpoints
 from trainer.gate import Gate
+from trainer.hosts.agreement import agreed
 from trainer.loop import Parts, fit
 from trainer.model import apply_plan, dtypes, trained_tensors
 from trainer.optim import make_optimizer
@@ -65,7 +66,7 @@ def run(
     accelerator = build.join_ranks(prepared, config)
     rank, ranks, first = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     store = launch.on_first_rank(accelerator, lambda: logs_to)
-    rests = launch.on_first_rank(accelerator, lambda: facts.rests_on(resolved, prepared))
+    rests = agreed(accelerator, lambda: facts.rests_on(resolved, prepared), resolved.params())
     identity = Identity(run_name, {**resolved.params(), **rests}, store.name)
     asked = Asked(resume_from, allow_drift, budget.total_steps, training.early_stopping_patience)
     with begin_on_ranks(accelerator, identity, Path(training.output_dir), asked) as begun:

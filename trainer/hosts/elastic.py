@@ -67,7 +67,7 @@ def start(config: Launch, hosts: Hosts, arguments: Sequence[str]) -> Ended:
     port = config.port if len(names) > 1 else 0
     place = Place(names, hosts.rank, hosts.ranks, port, config.join_seconds, config.silence_seconds)
     meeting = meeting_of(place)
-    status, reason = _INTERRUPTED, "this host was asked to end"
+    status, reason = _BROKEN, f"{names[hosts.rank]} has ended with an error that it tells"
     try:
         with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
             ended = _run(config, hosts, arguments, meeting, Path(folder))
@@ -75,6 +75,9 @@ def start(config: Launch, hosts: Hosts, arguments: Sequence[str]) -> Ended:
         return ended
     except ConfigError:
         status, reason = _MISTAKE, f"{names[hosts.rank]} has ended with a mistake that it tells"
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        status, reason = _INTERRUPTED, f"{names[hosts.rank]} was asked to end"
         raise
     finally:
         meeting.end(status, reason)

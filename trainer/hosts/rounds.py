@@ -65,7 +65,7 @@ class Rounds(RendezvousHandler):
         return RendezvousInfo(PrefixStore(f"round-{met.store_port}", self._store), place.rank, len(place.names), at)
 
     def _make_store(self) -> int:
-        store = TCPStore("", 0, is_master=True, wait_for_workers=False, timeout=self._patience())
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=self._patience())
         self._store = store
         return int(store.port)
 
