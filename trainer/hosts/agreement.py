@@ -1,7 +1,7 @@
-"""Whether all hosts train the same: settings, records, base weights, code and libraries, compared before anything starts.
+"""Whether all hosts train the same: settings, records, base weights, code and libraries, compared before a run starts.
 
-Every host reads its own copy of data and weights, and is given the command by hand or by a scheduler. What of it differs
-would not fail: the run would be another one than it says.
+Every host reads its own copy of data and weights, and is given the command by hand or by a scheduler. What of it
+differs would not fail: the run would be another one than it says.
 """
 
 import os
