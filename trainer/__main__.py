@@ -95,7 +95,8 @@ def _run_ranks(resolved: Resolved) -> None:
         ended, first = elastic.start(asked, hosts, sys.argv[1:]), hosts.rank == 0
         status = ended.status
         if ended.reason:
-            click.echo(f"ended with status {status}: {ended.reason}", err=True)
+            again = "; the same command, on all hosts, goes on" if status == EXIT_ENDED else ""
+            click.echo(f"ended with status {status}: {ended.reason}{again}", err=True)
     else:
         status = launch.start(asked.ranks, sys.argv[1:])
     if status and first:

@@ -17,7 +17,7 @@ from trainer.config.problems import place
 from trainer.config.resolved import Resolved
 from trainer.config.schema import Launch
 from trainer.errors import ConfigError
-from trainer.hosts.hostfile import hosts_from
+from trainer.hosts.hostfile import read
 from trainer.redact import of_environment
 from trainer.runs import RUN_FILE, Identity, read_facts, unfinished
 
@@ -60,22 +60,23 @@ def _on_hosts(resolved: Resolved, asked: Launch) -> Resolved:
     Raises:
         ConfigError: the file cannot be used, `launch.nproc` is another number, or they do not share a step evenly.
     """
-    hosts = hosts_from(str(asked.hosts), asked.host_rank)
+    hosts = read(str(asked.hosts))
+    ranks = sum(host.slots for host in hosts)
     whole, where = resolved.config.training.gradient_accumulation_steps, place(resolved.origins[_NPROC], _NPROC)
-    if asked.nproc == "auto" and whole % hosts.ranks == 0:
-        return _with(resolved, hosts.ranks, f"on {_counted(len(hosts.all), 'host')}", here=hosts.slots)
-    if asked.nproc == hosts.ranks:
+    if asked.nproc == "auto" and whole % ranks == 0:
+        return _with(resolved, ranks, f"on {_counted(len(hosts), 'host')}", here=max(host.slots for host in hosts))
+    if asked.nproc == ranks:
         return resolved
     if asked.nproc == "auto":
-        raise _uneven(where, f"{hosts.ranks} slots in {asked.hosts}", hosts.ranks, whole)
+        raise _uneven(where, f"{ranks} slots in {asked.hosts}", ranks, whole)
     raise ConfigError(
-        where, f"{asked.nproc}, and {asked.hosts} has {hosts.ranks} slots", f"auto, or {hosts.ranks}",
+        where, f"{asked.nproc}, and {asked.hosts} has {ranks} slots", f"auto, or {ranks}",
         "leave it out, and the hosts share the steps of one rank; or correct the slots",
     )  # fmt: skip
 
 
 def _with(resolved: Resolved, ranks: int, why: str, *, here: int | None = None) -> Resolved:
-    """The same configuration for so many ranks, `here` of them on this host (all, unless it is said)."""
+    """The same configuration for so many ranks, `here` of them on a host (all, unless it is said)."""
     whole, origins = resolved.config.training.gradient_accumulation_steps, resolved.origins
     each = whole // ranks
     settled = resolved.with_value("launch", "nproc", ranks, f"auto ({origins[_NPROC]}), {why}")
