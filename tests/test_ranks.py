@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from tests.running import (
     trainer,
     wait_for,
 )  # fmt: skip
+from tests.server_process import free_port
 from tests.step_on_ranks import RATE
 from trainer import launch, names
 from trainer.config.load import load
@@ -108,6 +110,7 @@ LAYOUTS = {
     "plain": {"training.gradient_accumulation_steps": "2"},
     "auto": {"launch.nproc": "auto", "training.gradient_accumulation_steps": "2"},
     "two ranks": {"launch.nproc": "2", "training.gradient_accumulation_steps": "1"},
+    "two hosts": {"launch.nproc": "auto", "training.gradient_accumulation_steps": "2"},
     "zero2": {"deepspeed.enabled": "true", "training.gradient_accumulation_steps": "2"},
     "zero2 on two ranks": {
         "deepspeed.enabled": "true", "launch.nproc": "2", "training.gradient_accumulation_steps": "1",
@@ -124,11 +127,29 @@ def whole(layout: str) -> tuple[str, Run]:
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
     store = empty_store(folder)
     settings = SMALL | {"training.logging_steps": "1", "tuner.lora_dropout": "0"} | LAYOUTS[layout]
-    done = trainer("run", "last6_full", *flags(settings), cwd=folder, store=store)
+    if layout == "two hosts":
+        done = _on_two_hosts(folder, store, settings)
+    else:
+        done = trainer("run", "last6_full", *flags(settings), cwd=folder, store=store)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("training gate") == 1  # one rank speaks
     (run,) = runs_in(store)
     return store, run
+
+
+def _on_two_hosts(folder: Path, store: str, settings: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    """The same command twice, as on two hosts: each in a folder of its own, under an address of its own."""
+    (folder / "hosts").write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+    settings = settings | {"launch.hosts": str(folder / "hosts"), "launch.port": str(free_port())}
+    homes = [folder / "first", folder / "second"]
+    for home in homes:
+        home.mkdir()
+    commands = [("run", "last6_full", *flags(settings | {"launch.host_rank": str(rank)})) for rank in (0, 1)]
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(lambda command, home: trainer(*command, cwd=home, store=store), commands, homes)
+    assert second.returncode == first.returncode, second.stderr
+    assert list(homes[0].glob("output/*/best")) and list(homes[1].iterdir()) == [] and second.stdout == ""
+    return first
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "plain"])

@@ -27,7 +27,7 @@ from trainer.options import (
 from trainer.redact import RedactedStream
 from trainer.signals import SIGNALS, end_with_parent, is_started_by_us
 
-EXIT_ERROR, EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_ERROR, EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED, EXIT_ENDED = 1, 2, 3, 130, 143
 
 _LET_SPEAK_SECONDS = 5.0
 
@@ -54,8 +54,8 @@ def run(
 ) -> None:  # fmt: skip
     """Train one configuration and log it to MLflow; go on with it where it was interrupted."""
     resolved = resolve(context, config, profile, short, resume=resume)
-    drift = is_true("--allow-drift", allow_drift)
-    if resolved.config.launch.ranks > 1 and not launch.is_rank():
+    drift, asked = is_true("--allow-drift", allow_drift), resolved.config.launch
+    if (asked.ranks > 1 or asked.restarts or asked.hosts) and not launch.is_rank():
         _run_ranks(resolved)  # the first of them looks whether the store is there
         return
     with collector.at_rest():  # MLflow and torch, only when the configuration is known to be right
@@ -67,27 +67,39 @@ def run(
             store = reach_store()
         from trainer import gpus
 
-        gpus.see_only(resolved.config.launch.gpus)
+        gpus.see_only(asked.gpus)
+        launch.choose_network(asked.interface)
         from trainer import run as root
         from trainer.show import show_outcome
     tell(resolved)
     if store is not None and store.away:
         click.echo(f"{store.name} does not answer ({store.away}); what is logged is kept beside the run", err=True)
-    outcome = root.run(
-        resolved, logs_to=store, resume_from=resume or "auto", allow_drift=drift, pause_after=pause_after_samples
-    )
+    resume = launch.resume_of_this_start(resume or "auto")
+    outcome = root.run(resolved, logs_to=store, resume_from=resume, allow_drift=drift, pause_after=pause_after_samples)
     if launch.is_first():
         show_outcome(outcome)
 
 
 def _run_ranks(resolved: Resolved) -> None:
     """Train on several ranks; where they died without a word, the run is closed for them."""
-    status = launch.start(resolved.config.launch.ranks, sys.argv[1:])
-    if status:
+    asked, first = resolved.config.launch, True
+    if asked.hosts or asked.restarts:
+        from trainer.hosts import elastic  # torch, which a launcher of ranks on one machine does without
+
+        hosts = elastic.hosts_of(asked)
+        ended, first = elastic.start(asked, hosts, sys.argv[1:]), hosts.rank == 0
+        status = ended.status
+        if ended.reason:
+            again = "; the same command, on all hosts, goes on" if status == EXIT_ENDED else ""
+            click.echo(f"ended with status {status}: {ended.reason}{again}", err=True)
+    else:
+        status = launch.start(asked.ranks, sys.argv[1:])
+    if status and first:
         from trainer.sync import close_dead
 
         for line in close_dead(Path(resolved.config.training.output_dir)):
             click.echo(line, err=True)
+    if status:
         raise SystemExit(status)
 
 
@@ -145,7 +157,9 @@ def _status() -> int:
         if not launch.is_rank():  # whoever started the ranks says it
             click.echo("interrupted", err=True)
         return EXIT_INTERRUPTED
-    except Exception:  # noqa: BLE001 - told in full, and by the status
+    except Exception as error:  # noqa: BLE001 - told in full, and by the status
+        if launch.is_rank() and launch.is_of_another(error):
+            return EXIT_ENDED
         _let_the_first_rank_speak()  # most likely it was an error of its own that broke what this rank waited for
         traceback.print_exc()
         return EXIT_ERROR

@@ -6,6 +6,7 @@ from functools import reduce
 from operator import add
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 
 from trainer import names
@@ -47,12 +48,21 @@ def score_checkpoints(
             continue
         done.add(saved.seen.step)
         reporter.say(f"captioning {len(records)} validation records with the {kind} checkpoint")
-        load_adapter(model, Path(saved.path))
+        _load_on_all(model, engine, Path(saved.path))
         started = time.perf_counter()
         captions = caption_all(model, engine, encoder, records, batch_size=batch_size)
         row = {**_row(captions), names.GENERATION_SECONDS: time.perf_counter() - started}
         reporter.log(row, saved.seen.step)
         tracker.text(captions_text(captions), f"{kind}_{names.ARTIFACT_PREDICTIONS}")
+
+
+@torch.no_grad()
+def _load_on_all(model: PeftModel, engine: Engine, folder: Path) -> None:
+    """Put a written adapter's tensors into the model of every rank; the first alone has the folder."""
+    if engine.rank == 0:
+        load_adapter(model, folder)
+    for tensor in engine.trained:
+        tensor.parameter.copy_(engine.from_first(tensor.parameter.detach()))
 
 
 def caption_all(

@@ -40,6 +40,8 @@ def settled(resolved: Resolved) -> Resolved:
             f"indices from 0 to {last}" if last else "0",
             "name GPUs that are there, or take it out",
         )
+    if launch.hosts is not None:
+        return resolved  # the file of hosts says how many ranks are on each
     if not _written(resolved.origins["launch.nproc"]):
         return resolved.with_value("launch", "nproc", len(named), origin)
     if launch.ranks > len(named):

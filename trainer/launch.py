@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,10 +14,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, Interrupted
+from trainer.hosts import network, scheduler
 from trainer.signals import pass_on
 
-_STARTED_AS_RANK = "LOCAL_RANK" in os.environ  # at the start: `_alone` makes a lone process a rank of one
+_STARTED_AS_RANK = scheduler.adopt(os.environ)  # at the start: `_alone` makes a lone process a rank of one
+STATUSES, ROUND = "TRAINER_STATUSES", "TRAINER_ROUND"
+"""Variables of ranks that may be started again: a folder for what each ends with, and the number of the start."""
+_LOST = re.compile(
+    r"gloo/transport|NCCL|(closed|reset) by peer|[Bb]roken pipe|[Ss]ocket (closed|[Tt]imeout)|Timed out waiting"
+)
+"""What libraries of groups say when another rank does not answer any more."""
 _LOCK_SECONDS = 600.0
 """Age at which a lock is nobody's any more: the process that compiled was killed."""
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
@@ -75,15 +83,9 @@ def start(nproc: int, arguments: Sequence[str]) -> int:
         ConfigError: more ranks than GPUs, where there are GPUs.
         KeyboardInterrupt: the ranks were ended by it.
     """
-    if may_have_gpus():
-        import torch
-
-        gpus = torch.cuda.device_count()
-        if 0 < gpus < nproc:
-            here = f"{nproc} on a machine with {gpus} GPUs"
-            raise ConfigError("launch.nproc", here, f"1 to {gpus}", f"set it to {gpus}")
+    refuse_more_than_gpus(nproc, "launch.nproc")
     asked: list[int] = []
-    before = {s: signal.getsignal(s) for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN}  # nohup
+    before = {number: signal.getsignal(number) for number in heeded_signals()}
     for number in before:
         signal.signal(number, lambda number, _: asked.append(number))
     signal.signal(signal.SIGUSR1, lambda number, _: pass_on(number))
@@ -95,6 +97,22 @@ def start(nproc: int, arguments: Sequence[str]) -> int:
     if asked and asked[0] == signal.SIGINT:
         raise KeyboardInterrupt
     return 128 + asked[0] if asked else status
+
+
+def refuse_more_than_gpus(nproc: int, key: str) -> None:
+    """Raise ConfigError where there are GPUs here, and fewer than ranks; `key` has asked for these."""
+    if not may_have_gpus():
+        return
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < nproc:
+        raise ConfigError(key, f"{nproc} on a machine with {gpus} GPUs", f"1 to {gpus}", f"set it to {gpus}")
+
+
+def heeded_signals() -> list[signal.Signals]:
+    """Those that ask for the end; what is ignored (nohup, a shell's background) stays so."""
+    return [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _to_their_end(nproc: int, command: Sequence[str], asked: list[int]) -> int:
@@ -142,6 +160,42 @@ def _free_port() -> Iterator[int]:
         kept.bind(("127.0.0.1", 0))
         kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not before: else two launchers may get the same
         yield kept.getsockname()[1]
+
+
+def choose_network(interface: str | None) -> None:
+    """Tell the libraries of groups which interface leads to the other ranks, where some are on other hosts."""
+    if is_rank() and os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        network.use(interface, os.environ["MASTER_ADDR"])
+
+
+def resume_of_this_start(asked: str) -> str:
+    """Which run is gone on with: the one that was asked for; when ranks were started again, the one they trained."""
+    if int(os.environ.get(ROUND, "1")) == 1:
+        return asked
+    path = Path(asked)
+    if path.parent.name == "resume":  # one of its points, older than those of this run by now
+        return str(path.parent.parent)
+    return "auto" if asked == "never" else asked
+
+
+def is_of_another(error: BaseException) -> bool:
+    """Whether an error only says that another rank does not answer any more: that one says why, or was killed."""
+    return isinstance(error, RuntimeError) and not isinstance(error, Interrupted) and bool(_LOST.search(str(error)))
+
+
+@contextmanager
+def with_the_others() -> Iterator[None]:
+    """While ranks train together: where another has ended, this one is interrupted, and can be gone on with.
+
+    Raises:
+        Interrupted: another rank has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if is_rank() and is_of_another(error):
+            raise Interrupted("by the end of another rank, at the newest resume point") from error
+        raise
 
 
 def join(nproc: int, make_zero: Callable[[], Any] | None) -> Any:
@@ -209,6 +263,9 @@ def end(status: int) -> NoReturn:
     Gloo's threads, left to the interpreter's end, now and then abort it; taken apart before, they now and then wait for
     ever: their destructor joins a thread that needs the interpreter's lock, and holds that lock.
     """
+    if folder := os.environ.get(STATUSES) if is_rank() else None:
+        with suppress(OSError):
+            (Path(folder) / f"rank-{os.environ['RANK']}").write_text(str(status), encoding="ascii")
     if "torch" in sys.modules:  # else there is no group, and help needs no torch
         from torch import distributed
 

@@ -15,7 +15,9 @@ from trainer import launch, names
 from trainer.addresses import store_name, tracking_uri, without_credentials
 from trainer.config.problems import place
 from trainer.config.resolved import Resolved
+from trainer.config.schema import Launch
 from trainer.errors import ConfigError
+from trainer.hosts.hostfile import read
 from trainer.redact import of_environment
 from trainer.runs import RUN_FILE, Identity, read_facts, unfinished
 
@@ -34,6 +36,8 @@ def settled(resolved: Resolved, resume: str = "never") -> Resolved:
     Raises:
         ConfigError: a launcher has started ranks that do not share a step evenly.
     """
+    if resolved.config.launch.hosts is not None and not launch.is_rank():
+        return _on_hosts(resolved, resolved.config.launch)
     if resolved.config.launch.nproc != "auto":
         return resolved
     whole = resolved.config.training.gradient_accumulation_steps
@@ -50,15 +54,36 @@ def settled(resolved: Resolved, resume: str = "never") -> Resolved:
     return _with(resolved, ranks, why)
 
 
-def _with(resolved: Resolved, ranks: int, why: str) -> Resolved:
-    """The same configuration for so many ranks."""
+def _on_hosts(resolved: Resolved, asked: Launch) -> Resolved:
+    """The configuration for the ranks of a file of hosts.
+
+    Raises:
+        ConfigError: the file cannot be used, `launch.nproc` is another number, or they do not share a step evenly.
+    """
+    hosts = read(str(asked.hosts))
+    ranks = sum(host.slots for host in hosts)
+    whole, where = resolved.config.training.gradient_accumulation_steps, place(resolved.origins[_NPROC], _NPROC)
+    if asked.nproc == "auto" and whole % ranks == 0:
+        return _with(resolved, ranks, f"on {_counted(len(hosts), 'host')}", here=max(host.slots for host in hosts))
+    if asked.nproc == ranks:
+        return resolved
+    if asked.nproc == "auto":
+        raise _uneven(where, f"{ranks} slots in {asked.hosts}", ranks, whole)
+    raise ConfigError(
+        where, f"{asked.nproc}, and {asked.hosts} has {ranks} slots", f"auto, or {ranks}",
+        "leave it out, and the hosts share the steps of one rank; or correct the slots",
+    )  # fmt: skip
+
+
+def _with(resolved: Resolved, ranks: int, why: str, *, here: int | None = None) -> Resolved:
+    """The same configuration for so many ranks, `here` of them on a host (all, unless it is said)."""
     whole, origins = resolved.config.training.gradient_accumulation_steps, resolved.origins
     each = whole // ranks
     settled = resolved.with_value("launch", "nproc", ranks, f"auto ({origins[_NPROC]}), {why}")
     if ranks > 1:
         shared = f"{whole} ({origins[_ACCUMULATION]}) / {ranks} ranks"
         settled = settled.with_value("training", "gradient_accumulation_steps", each, shared)
-    threads = launch.threads(ranks)
+    threads = launch.threads(here or ranks)
     told = f"{_counted(ranks, 'rank')} of {_counted(threads, 'thread')}, {why}"
     return replace(settled, chosen=told + (f"; accumulation {whole} -> {each} each" if ranks > 1 else ""))
 
@@ -75,13 +100,17 @@ def _started(whole: int, where: str) -> int:
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if whole % started:
-        raise ConfigError(
-            where,
-            f"auto, a launcher that has started {started} ranks, and {_ACCUMULATION} {whole}",
-            f"as many ranks as share {whole} micro-batches evenly",
-            f"start as many, or set {_NPROC} to {started}: ranks then multiply the batch",
-        )
+        raise _uneven(where, f"a launcher that has started {started} ranks", started, whole)
     return started
+
+
+def _uneven(where: str, what: str, ranks: int, whole: int) -> ConfigError:
+    return ConfigError(
+        where,
+        f"auto, {what}, and {_ACCUMULATION} {whole}",
+        f"as many ranks as share {whole} micro-batches evenly",
+        f"start as many, or set {_NPROC} to {ranks}: ranks then multiply the batch",
+    )
 
 
 def _visible_gpus(resolved: Resolved) -> int:

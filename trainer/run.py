@@ -16,6 +16,7 @@ from trainer.datasets import eval_sets_from, to_caption
 from trainer.display import Display
 from trainer.engines import join_ranks, make_engine, material_of
 from trainer.finish import score_checkpoints
+from trainer.hosts.agreement import agreed
 from trainer.loop import Parts, fit
 from trainer.model import apply_plan, dtypes
 from trainer.position import Position
@@ -68,7 +69,7 @@ def run(
     accelerator = join_ranks(prepared.zero, prepared.plan, budget, config)
     rank, ranks, first = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     store = launch.on_first_rank(accelerator, lambda: logs_to)
-    rests = launch.on_first_rank(accelerator, lambda: facts.rests_on(resolved, prepared))
+    rests = agreed(accelerator, lambda: facts.rests_on(resolved, prepared), resolved.params())
     identity = Identity(run_name, {**resolved.params(), **rests}, store.name)
     asked = Asked(resume_from, allow_drift, budget.total_steps, training.early_stopping_patience)
     with begin_on_ranks(accelerator, identity, Path(training.output_dir), asked) as begun:
@@ -84,8 +85,9 @@ def run(
         material = material_of(model, course, prepared.forward_pass, accelerator, config)
         engine = make_engine(accelerator, material, course, config)
         restored(begun, lambda point: resume.load_moments(point, engine))
-        switch = partial(course.switch, engine, make=material)
-        parts = Parts(engine, prepared.schedule, course.gate, training.seed, switch)
+        parts = Parts(
+            engine, prepared.schedule, course.gate, training.seed, partial(course.switch, engine, make=material)
+        )
         samples, workers, best = prepared.samples, config.data.dataloader_num_workers, training.load_best_model_at_end
         steps = train_steps(samples, budget.plan, rank=rank, workers=workers, first_step=start.seen.step)
         eval_sets = eval_sets_from(config, prepared.data, prepared.encoder, samples.cache, rank=rank, ranks=ranks)
@@ -95,7 +97,7 @@ def run(
             lambda: open_tracker(begun, store, run_name=run_name, close_seconds=config.tracking.close_seconds),
             elsewhere=Tracker,
         )
-        with tracker, Display(budget.total_steps, quiet=not first) as display:
+        with tracker, Display(budget.total_steps, quiet=not first) as display, launch.with_the_others():
             for line in (*begun.lines, *prepared.no_effect):
                 display.say(line)
             reporter = Reporter(tracker, build.meter_from(config, budget.total_steps), display, begun.path)

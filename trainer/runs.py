@@ -38,7 +38,11 @@ LAYOUT = (
     "training.vit_gradient_checkpointing",
 )
 """Settings that change in which order sums are made and nothing else, as long as the effective batch is the same."""
-FREE = ("training.output_dir", "training.run_name", "data.dataloader_num_workers", "tracking.close_seconds")
+FREE = (
+    *("training.output_dir", "training.run_name", "data.dataloader_num_workers", "tracking.close_seconds"),
+    *("launch.hosts", "launch.host_rank", "launch.port", "launch.interface", "launch.restarts"),
+    *("launch.join_seconds", "launch.silence_seconds"),
+)
 """Settings that change no number at all."""
 
 

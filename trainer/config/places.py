@@ -13,7 +13,7 @@ MODEL_SIZES = ("2b", "4b", "8b", "32b")
 
 PATH_KEYS = (
     *("custom.train_jsonl", "custom.val_jsonl", "custom.ood_jsonl", "custom.taxonomy"),
-    *("model.model", "deepspeed.config"),
+    *("model.model", "deepspeed.config", "launch.hosts"),
 )
 """Keys whose relative paths are looked for in several places."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from trainer.config.augmentation import Augmentation
-from trainer.config.fields import Count, CountOrZero, Gpus, Impossible, Pixels, Ranks, Rate, Section, Share
+from trainer.config.fields import Count, CountOrZero, Gpus, Impossible, Pixels, Port, Ranks, Rate, Section, Share
 from trainer.config.parts import RAW_STRATEGY_KEYS, Strategy, Tuner
 
 
@@ -228,10 +228,25 @@ class Launch(Section):
     """How many processes train together."""
 
     nproc: Ranks = "auto"
-    """Ranks on this machine, which multiply the batch; `auto`: as many as it has cores or GPUs for, at most 8 on cores,
-    and as share `gradient_accumulation_steps` evenly. As many as `gpus` names where that is given and this is not."""
+    """Ranks, on all `hosts` together, which multiply the batch; `auto`: as many as it has cores or GPUs for, at most 8
+    on cores, and as share `gradient_accumulation_steps` evenly; with `hosts` as many as these have slots. As many as
+    `gpus` names where that is given and this is not."""
     gpus: Gpus | None = None
     """Which GPUs of this machine are used: an index, or several split by commas; null: all that are visible."""
+    hosts: str | None = None
+    """A file with a line `NAME slots=N` for each host that trains together; null: this machine alone."""
+    host_rank: CountOrZero | None = None
+    """The line of this host, from 0; null: the one with its name or address."""
+    port: Port = 29400
+    """On which the first host listens for the others."""
+    interface: str | None = None
+    """The network interface towards the other hosts; null: the one that leads to the first of them."""
+    restarts: CountOrZero = 0
+    """How often all ranks are started again, from the newest resume point, when one has died or a host is gone."""
+    join_seconds: Count = 600
+    """How long the hosts wait for each other before a start."""
+    silence_seconds: Count = 60
+    """A host that was not heard of for so long is gone."""
 
     @property
     def ranks(self) -> int:
