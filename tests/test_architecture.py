@@ -51,6 +51,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "resume": ("checkpoint", "engine", "events", "model", "position"),
     "position": ("events",),
     "runs": ("durable", "errors", "spool"),
+    "compare.children": ("names", "runs", "signals", "spool"),
+    "compare.jobs": ("compare.children", "errors", "launch"),
     "signals": ("errors",),
     "redact": (),
     "spool": ("durable",),

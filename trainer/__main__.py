@@ -15,6 +15,7 @@ from trainer.errors import Interrupted, TrainingStopped, UserError
 from trainer.options import (
     EXTRA,
     OVERRIDES_HELP,
+    closes_mlflows_run,
     config_options,
     is_true,
     quiet_libraries,
@@ -23,7 +24,7 @@ from trainer.options import (
     tell,
 )
 from trainer.redact import RedactedStream
-from trainer.signals import SIGNALS, end_with_parent
+from trainer.signals import SIGNALS, end_with_parent, is_started_by_us
 
 EXIT_ERROR, EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -45,41 +46,34 @@ def cli() -> None:
 @cli.command(context_settings=EXTRA, epilog=OVERRIDES_HELP)
 @config_options
 @resume_options
+@closes_mlflows_run()
 def run(
     context: click.Context, config: str, profile: str | None, resume: str, allow_drift: str, **short: str | None
 ) -> None:
     """Train one configuration and log it to MLflow; go on with it where it was interrupted."""
-    try:
-        resolved = resolve(context, config, profile, short, resume=resume)
-        drift = is_true("--allow-drift", allow_drift)
-        if resolved.config.launch.ranks > 1 and not launch.is_rank():
-            _run_ranks(resolved)  # the first of them looks whether the store is there
-            return
-        with collector.at_rest():  # MLflow and torch, only when the configuration is known to be right
-            quiet_libraries()
-            store = None
-            if launch.is_first():
-                from trainer.tracking import reach_store  # MLflow, which no other rank needs
-
-                store = reach_store()
-            from trainer import gpus
-
-            gpus.see_only(resolved.config.launch.gpus)
-            from trainer import run as root
-            from trainer.show import show_outcome
-        tell(resolved)
-        if store is not None and store.away:
-            click.echo(f"{store.name} does not answer ({store.away}); what is logged is kept beside the run", err=True)
-        outcome = root.run(resolved, logs_to=store, resume_from=resume or "auto", allow_drift=drift)
+    resolved = resolve(context, config, profile, short, resume=resume)
+    drift = is_true("--allow-drift", allow_drift)
+    if resolved.config.launch.ranks > 1 and not launch.is_rank():
+        _run_ranks(resolved)  # the first of them looks whether the store is there
+        return
+    with collector.at_rest():  # MLflow and torch, only when the configuration is known to be right
+        quiet_libraries()
+        store = None
         if launch.is_first():
-            show_outcome(outcome)
-    except BaseException as error:
-        if os.environ.get("MLFLOW_RUN_ID") and launch.is_first():
-            from trainer.tracker import status_after
-            from trainer.tracking import abandon
+            from trainer.tracking import reach_store  # MLflow, which no other rank needs
 
-            abandon(error, status_after(error))
-        raise
+            store = reach_store()
+        from trainer import gpus
+
+        gpus.see_only(resolved.config.launch.gpus)
+        from trainer import run as root
+        from trainer.show import show_outcome
+    tell(resolved)
+    if store is not None and store.away:
+        click.echo(f"{store.name} does not answer ({store.away}); what is logged is kept beside the run", err=True)
+    outcome = root.run(resolved, logs_to=store, resume_from=resume or "auto", allow_drift=drift)
+    if launch.is_first():
+        show_outcome(outcome)
 
 
 def _run_ranks(resolved: Resolved) -> None:
@@ -163,7 +157,7 @@ def main() -> NoReturn:
     redactor = redact.of_environment()
     sys.stdout, sys.stderr = RedactedStream(sys.stdout, redactor), RedactedStream(sys.stderr, redactor)
     SIGNALS.install(is_rank=launch.is_rank())
-    if launch.is_rank() or os.environ.get("MLFLOW_RUN_ID"):
+    if launch.is_rank() or os.environ.get("MLFLOW_RUN_ID") or is_started_by_us():
         end_with_parent(under_mlflow=not launch.is_rank())
     try:
         status = _status()

@@ -1,6 +1,7 @@
 """Begins a run, or goes on with one that was interrupted: its folder, its resume point, its tracker."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -124,7 +125,7 @@ def begin(parent: Path, identity: Identity, asked: Asked) -> Begun:
             wanted = unfinished(parent, identity, but_for=names.DIGESTS)
         if wanted is None:
             folder = new_run(parent, identity)
-            folder.write(made_with=provenance.made_with())
+            folder.write(made_with=provenance.made_with(), total_steps=asked.total_steps)
             begun = Begun(folder.path, None, folder=folder)
         else:
             with disk(wanted):
@@ -276,6 +277,8 @@ def open_tracker(
 
     assert begun.folder is not None  # noqa: S101
     spool, redactor, door = begun.folder.spool, of_environment(), MlflowDoor(store.uri)
+    if os.environ.get(names.PARENT_VARIABLE):
+        spool.keep_all()  # whoever compares runs reads their losses there
     if spool.last == 0:
         spool.append(
             BEGIN, **redactor.tree(beginning(run_name=run_name, key=begun.folder.key, parent_run_id=parent_run_id))

@@ -1,5 +1,6 @@
 """What is written to MLflow about a run beside its metric rows: params, tags, datasets, description, artifacts."""
 
+import hashlib
 import io
 import json
 import tempfile
@@ -35,6 +36,7 @@ def rests_on(resolved: Resolved, prepared: Prepared) -> dict[str, str]:
         names.TAG_TRAIN_DIGEST: data_digest(data.train),
         names.TAG_VAL_DIGEST: data_digest(data.val),
         names.TAG_BASE_DIGEST: provenance.base_digest(config.model.model, config.training.seed),
+        names.TAG_ORDER_DIGEST: order_digest(prepared.budget),
         names.EFFECTIVE_BATCH_PACKS: str(prepared.budget.effective_batch),
     }
 
@@ -211,6 +213,14 @@ def data_digest(records: RecordSet) -> str:
     """Digest of a JSONL file and all images it names, in order: 32 hex characters."""
     images = dict.fromkeys(picture.path for record in records.records for picture in record.images)
     return provenance.files_digest([records.path, *images])
+
+
+def order_digest(budget: Budget) -> str:
+    """Digest of the packs of the first epoch in the order in which they are trained on: 32 hex characters.
+
+    Of one seed it is the same for all arms, whatever they accumulate: no arm has the luck of better batches.
+    """
+    return hashlib.sha256(json.dumps(budget.plan.packs(0)).encode()).hexdigest()[:32]
 
 
 def plan_table(plan: ParameterPlan) -> dict[str, Any]:

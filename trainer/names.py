@@ -124,7 +124,8 @@ TAG_CODE_VERSION = "code.version"
 TAG_TRAIN_DIGEST = "data.train_digest"
 TAG_VAL_DIGEST = "data.val_digest"
 TAG_BASE_DIGEST = "base_model.digest"
-DIGESTS = (TAG_TRAIN_DIGEST, TAG_VAL_DIGEST, TAG_BASE_DIGEST)
+TAG_ORDER_DIGEST = "data.order_digest"  # of the order in which the samples of the first epoch are trained on
+DIGESTS = (TAG_TRAIN_DIGEST, TAG_VAL_DIGEST, TAG_BASE_DIGEST, TAG_ORDER_DIGEST)
 """What a run rests on that lies outside its configuration."""
 TAG_CONTINUED_IN = "continued_in"  # of a run that `mlflow run` made for a training which another run already held
 TAG_KEY = "training_key"  # of one training, however often it is interrupted: how a run is found that was made before
@@ -137,7 +138,15 @@ TAG_PRINTED = "printed"  # of a published run: what its report says about it, as
 TAG_IMPORTED = "imported_from"
 TAG_IMPORTED_ROWS = "imported_rows"
 TAG_COMPARISON = "comparison"  # of a run that holds the report on others: which others
+TAG_ROLE = "comparison.role"  # parent, arm or trial; of runs that belong together, whatever started them
+TAG_ARM = "comparison.arm"
+TAG_RATES_TRIED = "comparison.rates_tried"  # of an arm: what was tried before, as JSON; absent where nothing was
+TAG_HALVING = "halving"  # of a comparison that may end arms early: how it stands; of an arm: why it was ended
 TAG_CHECKPOINT_DIGEST = "checkpoint.digest"  # of a version in the Model Registry
+
+# Variables by which a run is told what it belongs to. They are no part of its identity: a run is the same without them.
+PARENT_VARIABLE = "TRAINER_PARENT_RUN"  # MLflow run to nest a new run below
+TAGS_VARIABLE = "TRAINER_TAGS"  # tags of a new run, as JSON
 
 # Artifacts
 ARTIFACT_CONFIG = "resolved_config.yaml"

@@ -3,7 +3,8 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -85,6 +86,20 @@ def resolve(
 
         resolved = gpus.settled(resolved)
     return ranks.settled(resolved, resume)
+
+
+@contextmanager
+def closes_mlflows_run() -> Iterator[None]:
+    """While a command does its work: close the run that `mlflow run` has made for it where an error comes first."""
+    try:
+        yield
+    except BaseException as error:
+        if os.environ.get("MLFLOW_RUN_ID") and launch.is_first():
+            from trainer.tracker import status_after
+            from trainer.tracking import abandon
+
+            abandon(error, status_after(error))
+        raise
 
 
 def tell(resolved: Resolved) -> None:

@@ -20,6 +20,8 @@ and again from MLflow, and must not interrupt the closing of the run. A second C
 
 _STOPPING = "stopping after this optimizer step, with a resume point; Ctrl-C once more stops at once\n"
 _LOOK_SECONDS = 1.0
+STARTED_BY = "TRAINER_STARTED_BY"
+"""Variable: number of the process that has started this one to train a run of several."""
 
 
 class Signals:
@@ -88,12 +90,20 @@ def pass_on(number: int) -> None:
             child.send_signal(number)
 
 
+def is_started_by_us() -> bool:
+    """Whether another process of this project has started this one to train a run of several."""
+    return STARTED_BY in os.environ
+
+
 def end_with_parent(*, under_mlflow: bool) -> None:
     """Ask this process to end, as SIGTERM does, when the one that it works for has died without a word.
 
     Args:
-        under_mlflow: whether `mlflow run` has started it, perhaps through a shell that outlives MLflow.
+        under_mlflow: whether `mlflow run` has started it, perhaps through a shell that outlives MLflow; or we have,
+            and then whoever has started it may be dead already.
     """
+    if under_mlflow and is_started_by_us() and os.environ[STARTED_BY] != str(os.getppid()):
+        os.kill(os.getpid(), signal.SIGTERM)
     parents = psutil.Process().parents()
     watched = parents[:1] + [p for p in parents[1:4] if under_mlflow and _is_mlflow(p)][:1]
 

@@ -29,6 +29,7 @@ BEGIN, AGAIN, END, ARTIFACT = "begin", "again", "end", "artifact"
 REJECTED = "rejected.jsonl"
 _FILES = "files"
 _POSITION = "delivered"
+_KEPT = "kept"
 _NAME_BYTES = 200
 """A file system takes 255 for the name of a file, and ours have something before them."""
 
@@ -87,6 +88,40 @@ def _content(line: bytes) -> Any:
     if not line.endswith(b"\n") or int(checksum, 16) != zlib.crc32(text):
         raise ValueError("a damaged line")
     return json.loads(text)
+
+
+def entries(folder: Path, after: int = 0) -> Iterator[Entry]:
+    """The entries on disk after a number, in order, each once, also while others are written or forgotten.
+
+    Damaged lines are left out, and so found by their gap. Whoever only reads needs no `Spool`, which is open for
+    writing and is one process's at a time.
+    """
+    segments = _segments(folder)
+    for index, (_, path) in enumerate(segments):
+        if index + 1 < len(segments) and segments[index + 1][0] <= after + 1:
+            continue
+        with suppress(FileNotFoundError), path.open("rb") as lines:  # forgotten in between, so delivered
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break  # it is being written; what seems to follow is the rest of it
+                entry = entry_of(line)
+                if entry is not None and entry.number > after:  # an interrupted write may have come twice
+                    after = entry.number
+                    yield entry
+
+
+def position_of(folder: Path) -> Position:
+    """How far delivery has come; at the beginning where nothing is known of it."""
+    try:
+        found = _content((folder / _POSITION).read_bytes())
+        return Position(int(found["number"]), int(found["files"]), str(found["run_id"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return Position()
+
+
+def _segments(folder: Path) -> list[tuple[int, Path]]:
+    """(number of its first entry, path) of every segment, in order."""
+    return sorted((int(path.stem), path) for path in folder.glob("*.jsonl") if path.stem.isdecimal())
 
 
 class Spool:
@@ -188,22 +223,8 @@ class Spool:
             return [entry for _, line in self._waiting if (entry := entry_of(line))]
 
     def read(self, after: int = 0) -> Iterator[Entry]:
-        """The entries on disk after a number, in order, each once, also while others are written or forgotten.
-
-        Damaged lines are left out, and so found by their gap.
-        """
-        segments = self._segments()
-        for index, (_, path) in enumerate(segments):
-            if index + 1 < len(segments) and segments[index + 1][0] <= after + 1:
-                continue
-            with suppress(FileNotFoundError), path.open("rb") as lines:  # forgotten in between, so delivered
-                for line in lines:
-                    if not line.endswith(b"\n"):
-                        break  # it is being written; what seems to follow is the rest of it
-                    entry = entry_of(line)
-                    if entry is not None and entry.number > after:  # an interrupted write may have come twice
-                        after = entry.number
-                        yield entry
+        """The entries on disk after a number; see `entries`."""
+        return entries(self.folder, after)
 
     def forget(self, upto: int) -> None:
         """Remove the segments that hold no entry after `upto`, nor one that is not delivered.
@@ -211,19 +232,21 @@ class Spool:
         The one that is written to stays, and the first one, which says what run it is: without it, nothing could be
         delivered any more where the position is lost.
         """
+        if (self.folder / _KEPT).exists():
+            return
         upto = min(upto, self.position.delivered)
-        for (_, path), (following, _) in pairwise(self._segments()[1:]):
+        for (_, path), (following, _) in pairwise(_segments(self.folder)[1:]):
             if following <= upto + 1:
                 path.unlink(missing_ok=True)
 
+    def keep_all(self) -> None:
+        """Forget nothing from now on, in this process or another: somebody reads the run's rows here."""
+        (self.folder / _KEPT).touch()
+
     @property
     def position(self) -> Position:
-        """How far delivery has come; at the beginning where nothing is known of it."""
-        try:
-            found = _content((self.folder / _POSITION).read_bytes())
-            return Position(int(found["number"]), int(found["files"]), str(found["run_id"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            return Position()
+        """How far delivery has come; see `position_of`."""
+        return position_of(self.folder)
 
     @property
     def run_id(self) -> str:
@@ -255,10 +278,6 @@ class Spool:
                 os.close(self._handle)
                 self._handle = None
 
-    def _segments(self) -> list[tuple[int, Path]]:
-        """(number of its first entry, path) of every segment, in order."""
-        return sorted((int(path.stem), path) for path in self.folder.glob("*.jsonl") if path.stem.isdecimal())
-
     def _write_waiting(self) -> None:
         """Write what waits, entry by entry, so that a full disk leaves half a line at most, at the end."""
         try:
@@ -283,7 +302,7 @@ class Spool:
                 os.close(full)
         if self._handle is None:
             path = self.folder / f"{number:012}.jsonl"
-            if self._size <= SEGMENT_BYTES and (segments := self._segments()):
+            if self._size <= SEGMENT_BYTES and (segments := _segments(self.folder)):
                 path = segments[-1][1]
             self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             durable.sync(self.folder)
@@ -292,7 +311,7 @@ class Spool:
 
     def _recover(self) -> None:
         """Find the last entry, and cut off what follows it in the last segment: a line that was never whole."""
-        segments = self._segments()
+        segments = _segments(self.folder)
         for first, path in segments[-1:]:
             self.last, self._size = first - 1, 0
             with path.open("rb") as lines:

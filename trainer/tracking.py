@@ -170,11 +170,12 @@ def beginning(*, run_name: str, key: str, parent_run_id: str | None = None) -> d
     Args:
         run_name: for the MLflow UI; an adopted run takes it too, unless the user named that one.
         key: of this training, on every machine.
-        parent_run_id: the run to hang a new one under; None: one that is active in this process.
+        parent_run_id: the run to hang a new one under; None: that of the environment, or one active in this process.
     """
     active = mlflow.active_run()
-    parent = parent_run_id or (active.info.run_id if active else None)
+    parent = parent_run_id or os.environ.get(names.PARENT_VARIABLE) or (active.info.run_id if active else None)
     tags = {MLFLOW_RUN_NAME: run_name, names.TAG_KEY: key} | ({MLFLOW_PARENT_RUN_ID: parent} if parent else {})
+    tags |= json.loads(os.environ.get(names.TAGS_VARIABLE) or "{}")
     return {
         "run_name": run_name,
         "key": key,
