@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from trainer import collector, data_commands, launch, redact, sync_command
+from trainer import collector, data_commands, launch, redact, sweep_command, sync_command
 from trainer.config.resolved import Resolved
 from trainer.errors import Interrupted, TrainingStopped, UserError
 from trainer.options import (
@@ -112,7 +112,7 @@ def pocket_base(output_dir: str) -> None:
         log_base(tracker, train_base(output_dir))
 
 
-for command in (data_commands.validate, data_commands.preview, data_commands.convert, sync_command.sync):
+for command in (*data_commands.ALL, sweep_command.sweep, sync_command.sync):
     cli.add_command(command)
 
 

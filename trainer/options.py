@@ -80,7 +80,7 @@ def resolve(
     from trainer.config.load import load
 
     given = {key: value for key, value in short.items() if value}
-    resolved = load(config, profile=profile or None, overrides=given | _overrides(context.args))
+    resolved = load(config, profile=profile or None, overrides=given | overrides_from(context.args))
     if resolved.config.launch.gpus is not None:
         from trainer import gpus  # imports torch
 
@@ -108,7 +108,7 @@ def tell(resolved: Resolved) -> None:
         click.echo(line, err=True)
 
 
-def _overrides(arguments: list[str]) -> dict[str, str]:
+def overrides_from(arguments: list[str]) -> dict[str, str]:
     """`--section.key value` and `--section.key=value` pairs, as the command line left them over."""
     overrides: dict[str, str] = {}
     rest = list(arguments)

@@ -160,7 +160,9 @@ class Heart:
     def _beat(self) -> None:
         while not self._ended.wait(self._seconds):
             for trial_id in tuple(self._trials):
-                with suppress(*OUTAGES):  # the database is away: the next beat may reach it
+                with suppress(
+                    OptunaError, SQLAlchemyError, OSError
+                ):  # the database is away: the next beat may reach it
                     self._storage.record_heartbeat(trial_id)
 
 

@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,7 +22,7 @@ from trainer.sweep.sweep_file import PRUNERS, SAMPLERS, Sweep
 
 _WORKER, _STOPPED, _WHY = "worker", "stopped", "why"
 """User attributes of a trial: who has it; that its training stopped itself, which it would do again; why it failed."""
-_SWEEP, _BASE, _PARENT = "sweep", "base", "parent"
+_SWEEP, _BASE, _PARENT, _KEY = "sweep", "base", "parent", "key"
 """User attributes of the study: what all workers must agree on, and where they log to."""
 _PATIENCE_SECONDS, _AGAIN_SECONDS = 600.0, 5.0
 """How long an outcome waits for a database that has gone away, and between two attempts."""
@@ -69,6 +70,9 @@ class Study:
         self.sweep, self._storage, self._study, self._rdb = sweep, storage, study, rdb
         self._study_id = rdb.get_study_id_from_name(study.study_name)
         self._heart = Heart(rdb, storage.beat_seconds)
+        self.beat_seconds = storage.beat_seconds
+        self.key = str(study.user_attrs[_KEY])
+        """Of this study, everywhere; another one of the same name has another."""
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
 
     def __enter__(self) -> Self:
@@ -271,6 +275,7 @@ def opened(sweep: Sweep, storage: Storage, base: Mapping[str, str]) -> Study:
             _check_same(study, sweep, base, storage)
         else:
             _fill(study, sweep)
+            study.set_user_attr(_KEY, uuid.uuid4().hex)
             study.set_user_attr(_BASE, dict(base))
             study.set_user_attr(_SWEEP, sweep.facts())  # last: a study without it was not made to its end
     return Study(sweep, storage, study, rdb)

@@ -16,10 +16,11 @@ from trainer.config.problems import ConfigErrors, Problem, nearest, place, raise
 from trainer.config.resolved import Resolved
 from trainer.config.source import Node, read_file
 from trainer.errors import ConfigError
+from trainer.runs import FREE
 from trainer.sweep.axes import Findings, keys_of, read_axes, text_of
 from trainer.sweep.space import SEED, STRATEGY, Axis, Choice, Choices, Value, grid, settings, size
 
-GRID = "grid"
+GRID, OUTPUT_DIR = "grid", "training.output_dir"
 SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
     "random": optuna.samplers.RandomSampler,
@@ -62,6 +63,8 @@ class Sweep:
     sampler: Named
     trials: int
     """How many points are tried: of a grid all, seeds counted."""
+    output_dir: str | None
+    """Where it was said: folder of all sweeps; None: that of the configuration."""
     metric: str
     pruner: Named
 
@@ -108,10 +111,20 @@ class Sweep:
             for axis in self.axes
         }
         sampler = {"name": self.sampler.name, **self.sampler.options}
+        fixed = {key: text for key, text in self.fixed.items() if is_common(key)}
         return {
-            "strategy": self.strategy, "profile": self.profile, "settings": dict(self.fixed), "space": axes,
+            "strategy": self.strategy, "profile": self.profile, "settings": fixed, "space": axes,
             "sampler": sampler, "metric": self.metric, "pruner": {"name": self.pruner.name, **self.pruner.options},
         }  # fmt: skip
+
+
+def is_common(key: str) -> bool:
+    """Whether a setting is the same for all workers of a sweep: not where they change no number, nor on which ranks.
+
+    Args:
+        key: dotted.
+    """
+    return key not in FREE and not key.startswith("launch.")
 
 
 def read_sweep(
@@ -176,6 +189,7 @@ class _Reader:
                 guess = nearest(key, _KEYS)
                 self._wrong(key, shown(key), ", ".join(_KEYS), f"did you mean {guess}?" if guess else "take it out")
         fixed = {**self._fixed(), **self.given}
+        output_dir = fixed.pop(OUTPUT_DIR, None)
         sampler = self._named("sampler", GRID, {GRID: None, **SAMPLERS})
         space = self.nodes.get("space", Node(None, self.root.origin))
         axes = read_axes(space, fixed, self.found, is_grid=sampler.name == GRID)
@@ -191,7 +205,7 @@ class _Reader:
         sweep = Sweep(
             name=path.stem, strategy=strategy, profile=self._text("profile"), fixed=fixed, axes=axes,
             sampler=sampler, trials=self._trials(axes, is_grid=sampler.name == GRID), metric=self._metric(),
-            pruner=self._named("pruner", "none", PRUNERS),
+            output_dir=output_dir, pruner=self._named("pruner", "none", PRUNERS),
         )  # fmt: skip
         raise_if_any(self.found.problems)
         return sweep
