@@ -52,7 +52,6 @@ def sweep(
     """Try the points of FILE, a sweep, each as a run of its own; several workers share them out."""
     given = {key: value for key, value in short.items() if value} | overrides_from(context.args)
     at_once, grace_seconds = _whole("--jobs", jobs), _whole("--grace", grace) or 120
-    from trainer.sweep import conduct
     from trainer.sweep.storage import Storage, default_url
     from trainer.sweep.sweep_file import read_sweep
 
@@ -62,14 +61,15 @@ def sweep(
         raise ConfigError("--study", repr(name), "letters, digits, -, _ and .", "choose such a name")
     folder = Path(asked.output_dir or asked.resolved(asked.first()).config.training.output_dir) / "sweeps" / name
     place = Storage(storage or default_url(folder), name, grace_seconds=grace_seconds)
+    quiet_libraries()
+    from trainer.compare.jobs import Board  # MLflow, only when the sweep is known to be right
+    from trainer.sweep import conduct
+    from trainer.tracking import reach_store
+
     plan = conduct.plan(asked, place, folder, at_once)
     if is_true("--dry_run", dry_run):
         _show_plan(plan)
         return
-    quiet_libraries()
-    from trainer.compare.jobs import Board
-    from trainer.tracking import reach_store
-
     with Board(asked.trials, what="trials") as board:
         board.say(f"{name}: {asked.trials} trials, {plan.room.why}; study in {place.shown}")
         tried = conduct.conduct(plan, reach_store(), board)

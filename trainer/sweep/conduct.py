@@ -131,10 +131,12 @@ def conduct(plan: Plan, store: Store, board: Board, *, start: Start = Child) -> 
         if again := study.retry_failed():
             board.say(f"{again} points whose process had failed are tried again")
         over = study.is_over(study.tried())
-        name = f"sweep {plan.storage.name}"
-        run_id = study.parent(lambda known: parent.found_or_made(known, name=name, key=study.key, over=over))
+        name, key = plan.storage.name, study.key
+        run_id = study.parent(lambda known: parent.found_or_made(known, study=name, key=key, over=over))
         try:
-            if not over:
+            if over:
+                board.say("this sweep is finished")
+            else:
                 Worker(study, lambda given: job_of(plan, study, given, run_id), plan.room, board, start=start).work()
         finally:
             tried = study.tried()

@@ -30,31 +30,30 @@ class Parent:
         self._store, self._door = store, MlflowDoor(store.uri)
         self.run_id = ""
 
-    def found_or_made(self, known: str | None, *, name: str, key: str, over: bool) -> str:
+    def found_or_made(self, known: str | None, *, study: str, key: str, over: bool) -> str:
         """The run; a worker that `mlflow run` has started makes its own run this one, or closes it.
 
         Args:
             known: what an earlier worker has made.
-            name: for the MLflow UI.
-            key: of the study.
+            study: its name.
+            key: of the study, everywhere.
             over: whether nothing is left to be done.
 
         Raises:
             TrackingError: it is not there, or may not be made.
         """
         with told(self._store.uri):
-            self.run_id = self._found(known) if known else self._made(name, key)
+            self.run_id = self._found(known) if known else self._made(study, key)
             if made_for_us() not in (None, self.run_id):
                 self._door.hand_over(str(made_for_us()), self.run_id)
             if not over:
                 self._door.client.update_run(self.run_id, status="RUNNING")
         return self.run_id
 
-    def _made(self, name: str, key: str) -> str:
-        body = beginning(run_name=name, key=key)
-        body["tags"] |= {names.TAG_SWEEP: name, names.TAG_ROLE: "parent"}
+    def _made(self, study: str, key: str) -> str:
+        body = beginning(run_name=f"sweep {study}", key=key)
         run_id = self._door.begin(Entry(0, int(time.time() * 1000), BEGIN, of_environment().tree(body)))
-        for tag, value in ((names.TAG_SWEEP, name), (names.TAG_ROLE, "parent")):  # of a run that was made for us
+        for tag, value in ((names.TAG_SWEEP, study), (names.TAG_ROLE, "parent")):
             self._door.client.set_tag(run_id, tag, value)
         return run_id
 
