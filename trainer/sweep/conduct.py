@@ -15,7 +15,7 @@ from trainer.config.resolved import Resolved
 from trainer.config.schema import Config
 from trainer.sweep import points
 from trainer.sweep.axes import keys_of
-from trainer.sweep.parent import Parent
+from trainer.sweep.shared_run import Parent
 from trainer.sweep.space import name_of
 from trainer.sweep.storage import Storage
 from trainer.sweep.study import Given, Study, Tried, opened

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from trainer.errors import ConfigError, reason_of
 from trainer.sweep.space import Axis, Choices, Value, grid
-from trainer.sweep.storage import OUTAGES, Heart, Storage, retry
+from trainer.sweep.storage import MAX_RETRIES, OUTAGES, Heart, Storage, retry
 from trainer.sweep.sweep_file import PRUNERS, SAMPLERS, Sweep
 
 _WORKER, _STOPPED, _WHY = "worker", "stopped", "why"
@@ -26,6 +26,7 @@ _SWEEP, _BASE, _PARENT, _KEY = "sweep", "base", "parent", "key"
 """User attributes of the study: what all workers must agree on, and where they log to."""
 _PATIENCE_SECONDS, _AGAIN_SECONDS = 600.0, 5.0
 """How long an outcome waits for a database that has gone away, and between two attempts."""
+_DIED = f"its workers died, the last of {MAX_RETRIES + 1} times"
 T = TypeVar("T")
 
 
@@ -344,7 +345,7 @@ def _tried(sweep: Sweep, first: int, attempts: list[FrozenTrial]) -> Tried:
         point={axis.key: point[axis.key] for axis in sweep.axes if axis.key in point},
         state=last.state,
         value=last.values[0] if last.values else None,
-        why=str(last.user_attrs.get(_WHY, "")) or f"its workers died, {len(attempts)} times",
+        why="" if last.state != TrialState.FAIL else str(last.user_attrs.get(_WHY, "")) or _DIED,
         worker=workers[-1] if workers else "",
         attempts=len(attempts),
     )
