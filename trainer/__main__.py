@@ -9,9 +9,9 @@ from typing import NoReturn
 
 import click
 
-from trainer import collector, data_commands, launch, redact, sweep_command, sync_command
+from trainer import collector, compare_command, data_commands, launch, redact, sweep_command, sync_command
 from trainer.config.resolved import Resolved
-from trainer.errors import Interrupted, TrainingStopped, UserError
+from trainer.errors import Interrupted, Paused, TrainingStopped, UserError
 from trainer.options import (
     EXTRA,
     OVERRIDES_HELP,
@@ -48,8 +48,9 @@ def cli() -> None:
 @resume_options
 @closes_mlflows_run()
 def run(
-    context: click.Context, config: str, profile: str | None, resume: str, allow_drift: str, **short: str | None
-) -> None:
+    context: click.Context, config: str, profile: str | None, resume: str, allow_drift: str,
+    pause_after_samples: int | None, **short: str | None,
+) -> None:  # fmt: skip
     """Train one configuration and log it to MLflow; go on with it where it was interrupted."""
     resolved = resolve(context, config, profile, short, resume=resume)
     drift = is_true("--allow-drift", allow_drift)
@@ -71,7 +72,9 @@ def run(
     tell(resolved)
     if store is not None and store.away:
         click.echo(f"{store.name} does not answer ({store.away}); what is logged is kept beside the run", err=True)
-    outcome = root.run(resolved, logs_to=store, resume_from=resume or "auto", allow_drift=drift)
+    outcome = root.run(
+        resolved, logs_to=store, resume_from=resume or "auto", allow_drift=drift, pause_after=pause_after_samples
+    )
     if launch.is_first():
         show_outcome(outcome)
 
@@ -112,7 +115,7 @@ def pocket_base(output_dir: str) -> None:
         log_base(tracker, train_base(output_dir))
 
 
-for command in (*data_commands.ALL, sweep_command.sweep, sync_command.sync):
+for command in (*data_commands.ALL, sync_command.sync, compare_command.compare, sweep_command.sweep):
     cli.add_command(command)
 
 
@@ -137,6 +140,9 @@ def _status() -> int:
         _let_the_first_rank_speak()
         click.echo(f"stopped: {error}", err=True)
         return EXIT_STOPPED
+    except Paused as error:
+        if launch.is_first():
+            click.echo(f"paused {error}; the same command goes on, with a larger number or without", err=True)
     except Interrupted as error:
         if launch.is_first():
             click.echo(f"interrupted {error}; the same command goes on from there", err=True)

@@ -14,11 +14,21 @@ from typing import TYPE_CHECKING, Any, Self
 from trainer import launch, names, provenance
 from trainer.addresses import Store
 from trainer.checkpoint import BadCheckpoint
-from trainer.errors import ConfigError, TrainingStopped, UserError
+from trainer.errors import ConfigError, Paused, TrainingStopped, UserError
 from trainer.position import Position
 from trainer.redact import of_environment
 from trainer.resume import FOLDER, Point, forget_newer, forget_points, newest_good, read_point, restore_best
-from trainer.runs import Identity, RunFolder, disk, held_when_free, new_run, one_at_a_time, taken_again, unfinished
+from trainer.runs import (
+    Identity,
+    RunFolder,
+    State,
+    disk,
+    held_when_free,
+    new_run,
+    one_at_a_time,
+    taken_again,
+    unfinished,
+)
 from trainer.spool import AGAIN, BEGIN, END, Spool
 from trainer.tracker import Diverged, SpoolTracker, Tracker
 
@@ -77,16 +87,28 @@ class Begun:
         if self.folder is None:
             return
         nothing_begun = self.folder.spool.last == 0
-        by_itself = isinstance(error, TrainingStopped) and not isinstance(error, Diverged)
         # A run that ends before anybody could tell is left for the next command, as one whose process died.
         if nothing_begun or _last_word(self.folder.spool) == END:
             with suppress(OSError):
-                self.folder.write(state="over" if error is None else "stopped" if by_itself else "interrupted")
+                self.folder.write(state=_state_after(error))
                 if error is None:
                     forget_points(self.path)
         self.folder.release()
         if nothing_begun and not self.resumed:
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _state_after(error: BaseException | None) -> State:
+    """Of a run that was ended by an error, or by none."""
+    match error:
+        case None:
+            return "over"
+        case Paused():
+            return "paused"
+        case TrainingStopped() if not isinstance(error, Diverged):
+            return "stopped"
+        case _:
+            return "interrupted"
 
 
 def _last_word(spool: Spool) -> str:

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from trainer.cadence import Cadence
 from trainer.config.schema import Config
 from trainer.data.packing import Samples, StepPlan
-from trainer.loop import Cadence
 from trainer.optim import Schedule
 from trainer.strategy import Part
 
@@ -65,9 +65,15 @@ def budget_from(config: Config, samples: Samples) -> Budget:
     return Budget(plan, total, math.ceil(round(training.warmup_ratio * total, 9)))
 
 
-def cadence_from(config: Config, budget: Budget) -> Cadence:
-    """When evaluating and saving are due; step 0 is evaluated too, so that every curve starts at the base model."""
-    training, total = config.training, budget.total_steps
+def cadence_from(config: Config, budget: Budget, pause_after: int | None = None) -> Cadence:
+    """When evaluating and saving are due; step 0 is evaluated too, so that every curve starts at the base model.
+
+    Args:
+        config: of the run.
+        budget: its length.
+        pause_after: training samples after which it pauses; None: it does not.
+    """
+    training, total, between = config.training, budget.total_steps, config.training.resume_steps
     saves: Iterable[int] = ()
     if training.save_strategy == "steps":
         saves = range(training.save_steps, total, training.save_steps)
@@ -77,10 +83,12 @@ def cadence_from(config: Config, budget: Budget) -> Cadence:
         total_steps=total,
         n_samples=budget.samples,
         eval_steps=frozenset(range(0, total, training.eval_steps)),
-        resume_steps=frozenset(range(0, total, training.resume_steps or training.eval_steps)) - {0},
+        eval_samples=training.eval_samples,
+        resume_steps=None if between is None else frozenset(range(between, total, between)),
         save_steps=frozenset(step for step in saves if training.save_delay_steps <= step < total),
         save_best_from=max(1, min(training.save_delay_steps, total)),
         patience=training.early_stopping_patience,
+        pause_after=pause_after,
     )
 
 

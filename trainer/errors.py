@@ -58,3 +58,7 @@ class TrainingStopped(RuntimeError):
 
 class Interrupted(RuntimeError):
     """Training was asked to end, and has written a resume point; the command line exits as signals do."""
+
+
+class Paused(Interrupted):
+    """Training has come as far as it was asked to for now; the command line exits with status 0."""

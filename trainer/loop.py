@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from trainer.cadence import Cadence
 from trainer.data.loader import Batch
 from trainer.engine import Engine
-from trainer.errors import Interrupted, TrainingStopped
+from trainer.errors import Interrupted, Paused, TrainingStopped
 from trainer.events import (
     EVAL,
     CheckpointSaved,
@@ -45,23 +46,6 @@ class EvalSet:
     """This rank's share of them."""
     every: int = 1
     """Only at every k-th evaluation, and at the last."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cadence:
-    """When things are due, in optimizer steps; all of it known before training starts."""
-
-    total_steps: int
-    n_samples: int
-    """Training samples of an epoch."""
-    eval_steps: frozenset[int]
-    save_steps: frozenset[int] = frozenset()
-    resume_steps: frozenset[int] = frozenset()
-    """Where a resume point is written; one is in any case at the last step, and where somebody asks for it."""
-    save_best_from: int | None = None
-    """First step from which the lowest eval loss gets a `best` checkpoint (step 0 has no adapter); None: never."""
-    patience: int | None = None
-    """Evaluations without a new lowest eval loss after which training ends; None: it does not end early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +88,7 @@ def fit(
 
     Raises:
         TrainingStopped: the gate failed, or loss or gradient was not finite; the weights are those before the update.
-        Interrupted: as wished; a resume point was written.
+        Interrupted: as wished, or `Paused` at `cadence.pause_after` before the end; a resume point was written.
     """
     here, wishes = start or Position(), wishes or NoWishes()
     if here.ended:
@@ -116,7 +100,7 @@ def fit(
                 raise _interrupted(here, keep)
             seen, last = here.seen, step == cadence.total_steps
             progress, result = replace(here.progress, patience=cadence.patience), None
-            if last or step in cadence.eval_steps:
+            if last or cadence.evaluates(step, seen.samples, progress.evaluated_at):
                 try:
                     result = evaluate_all(parts.engine, eval_sets, seen, progress, wishes, last=last)
                 except _CutShort:
@@ -141,11 +125,13 @@ def fit(
             if last:
                 emit(save(seen, "last"))
             here = Position(seen, progress, passed=True, ended=last)
-            if (last or save_now or step in cadence.resume_steps) and (failed := keep(here)):
+            if (last or save_now or cadence.keeps(step, evaluated=result is not None)) and (failed := keep(here)):
                 emit(failed)
             wishes.save = wishes.save and not save_now
             if last:
                 return seen
+        if cadence.pause_after is not None and here.seen.samples >= cadence.pause_after:
+            raise _interrupted(here, keep, Paused)
 
         started = time.perf_counter()
         done = train_step(parts, next(steps), here.seen, n_samples=cadence.n_samples)
@@ -159,11 +145,13 @@ class _CutShort(Exception):
     """An evaluation was given up because training is to end."""
 
 
-def _interrupted(here: Position, keep: Callable[[Position], SaveFailed | None]) -> Interrupted:
+def _interrupted(
+    here: Position, keep: Callable[[Position], SaveFailed | None], kind: type[Interrupted] = Interrupted
+) -> Interrupted:
     """What ends training on request, after a resume point was written."""
     failed = keep(here)
     kept = f"no resume point could be written ({failed.reason})" if failed else "a resume point is written"
-    return Interrupted(f"after optimizer step {here.seen.step}, {kept}")
+    return kind(f"after optimizer step {here.seen.step}, {kept}")
 
 
 def train_step(parts: Parts, micro_batches: Sequence[Batch], seen: Seen, *, n_samples: int) -> StepDone:
@@ -227,7 +215,7 @@ def evaluate_all(
         if name == EVAL or last or progress.stop or number % eval_sets[name].every == 0:
             losses[name] = evaluate(engine, eval_sets[name].batches(), wishes)
         if name == EVAL:
-            progress.take(losses[EVAL].mean())
+            progress.take(losses[EVAL].mean(), seen.samples)
     result = EvalDone(seen, losses, time.perf_counter() - started)
     _stop_if_eval_not_finite(result)
     return result

@@ -11,6 +11,7 @@ import click
 
 from trainer import launch, ranks
 from trainer.config.resolved import Resolved
+from trainer.errors import ConfigError
 
 EXTRA = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -40,7 +41,14 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def resume_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Whether an interrupted run is gone on with."""
+    """Whether an interrupted run is gone on with, and where it pauses."""
+    command = click.option(
+        "--pause_after_samples",
+        type=click.IntRange(min=1),
+        callback=_refuse_under_mlflow,
+        help="Pause after the first optimizer step that has seen so many training samples, with exit status 0: the "
+        "same command goes on bit-identical, with a larger number or without one.",
+    )(command)
     command = click.option(
         "--resume",
         default="auto",
@@ -55,6 +63,20 @@ def resume_options(command: Callable[..., Any]) -> Callable[..., Any]:
         default="",
         help="Go on also under another configuration; the differences become the tag param_drift.",
     )(command)
+
+
+def _refuse_under_mlflow(_: click.Context, option: click.Parameter, samples: int | None) -> int | None:
+    """Let nothing pause whose end is written down by `mlflow run`: that would call it FINISHED.
+
+    Raises:
+        ConfigError: it would.
+    """
+    if samples is not None and os.environ.get("MLFLOW_RUN_ID"):
+        raise ConfigError(
+            f"--{option.name}", "a pause under `mlflow run`, which would call the run FINISHED",
+            "a run that is started by python -m trainer run", "start it so, or leave the option out",
+        )  # fmt: skip
+    return samples
 
 
 def is_true(option: str, value: str) -> bool:
@@ -80,7 +102,7 @@ def resolve(
     from trainer.config.load import load
 
     given = {key: value for key, value in short.items() if value}
-    resolved = load(config, profile=profile or None, overrides=given | overrides_from(context.args))
+    resolved = load(config, profile=profile or None, overrides=given | overrides(context.args))
     if resolved.config.launch.gpus is not None:
         from trainer import gpus  # imports torch
 
@@ -108,16 +130,16 @@ def tell(resolved: Resolved) -> None:
         click.echo(line, err=True)
 
 
-def overrides_from(arguments: list[str]) -> dict[str, str]:
+def overrides(arguments: list[str]) -> dict[str, str]:
     """`--section.key value` and `--section.key=value` pairs, as the command line left them over."""
-    overrides: dict[str, str] = {}
+    found: dict[str, str] = {}
     rest = list(arguments)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         if not name.startswith("--") or (not equals and not rest):
             raise click.UsageError(f"{name!r}: expected --section.key VALUE (see --help)")
-        overrides[name.removeprefix("--")] = value if equals else rest.pop(0)
-    return overrides
+        found[name.removeprefix("--")] = value if equals else rest.pop(0)
+    return found
 
 
 def quiet_libraries() -> None:

@@ -14,14 +14,17 @@ class Progress:
 
     patience: int | None = None
     evaluations: int = 0
+    evaluated_at: int = -1
+    """Training samples seen at the newest of them; -1: there was none."""
     lowest: float = math.inf
     without_better: int = 0
     """Evaluations since the lowest."""
     best_saved: float = math.inf
 
-    def take(self, loss: float) -> None:
-        """Count an evaluation."""
+    def take(self, loss: float, samples: int) -> None:
+        """Count an evaluation, after so many training samples."""
         self.evaluations += 1
+        self.evaluated_at = samples
         self.without_better = 0 if loss < self.lowest else self.without_better + 1
         self.lowest = min(self.lowest, loss)
 
@@ -67,7 +70,7 @@ def position_of(tree: Mapping[str, Any]) -> Position:
         progress.evaluations,
         progress.without_better,
     )
-    if not all(type(count) is int and count >= 0 for count in counts):
+    if not all(type(count) is int and count >= 0 for count in counts) or type(progress.evaluated_at) is not int:
         raise ValueError(f"not all of {counts} are counts")
     for number in (seen.epoch, seen.train_seconds, progress.lowest, progress.best_saved):
         float(number)

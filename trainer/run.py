@@ -40,8 +40,9 @@ class Outcome:
 
 
 def run(
-    resolved: Resolved, *, logs_to: Store | None = None, resume_from: str = AUTO, allow_drift: bool = False
-) -> Outcome:
+    resolved: Resolved, *, logs_to: Store | None = None, resume_from: str = AUTO, allow_drift: bool = False,
+    pause_after: int | None = None,
+) -> Outcome:  # fmt: skip
     """Train one configuration from records to checkpoints, and log it all.
 
     Args:
@@ -49,11 +50,12 @@ def run(
         logs_to: the tracking store, on the first rank; None: that of the environment.
         resume_from: `auto`, `never`, or the folder of an interrupted run; see `begin`.
         allow_drift: whether that one may be gone on with under another configuration.
+        pause_after: training samples after which it pauses, to be gone on with; None: it does not.
 
     Raises:
         UserError: before anything was started in MLflow.
         TrainingStopped: the gate failed or a number was not finite; the MLflow run is FAILED.
-        Interrupted: somebody has asked for the end; the run can be resumed.
+        Interrupted: somebody has asked for the end, or (`Paused`) for a pause; the run can be resumed.
     """
     if logs_to is None and launch.is_first():
         from trainer.tracking import reach_store  # MLflow, which no other rank needs
@@ -85,7 +87,7 @@ def run(
         restored(begun, lambda point: resume.load_moments(point, engine))
         start = begun.point.position if begun.point else Position()
         parts = Parts(engine, prepared.schedule, gate, training.seed)
-        samples, workers = prepared.samples, config.data.dataloader_num_workers
+        samples, workers, best = prepared.samples, config.data.dataloader_num_workers, training.load_best_model_at_end
         steps = train_steps(samples, budget.plan, rank=rank, workers=workers, first_step=start.seen.step)
         eval_sets = eval_sets_from(config, prepared.data, prepared.encoder, samples.cache, rank=rank, ranks=ranks)
 
@@ -105,9 +107,8 @@ def run(
             saver = Saver(model, begun.path, keep=training.save_total_limit, accelerator=accelerator)
             keeper = resume.Keeper(begun.path, engine, remembers, accelerator, told=tracker, key=begun.key)
             tracker.at_end(lambda: facts.log_gate(tracker, gate))
-            best = training.load_best_model_at_end
             tracker.at_end(lambda: facts.log_checkpoints(tracker, reporter.checkpoints, best))
-            cadence = cadence_from(config, budget)
+            cadence = cadence_from(config, budget, pause_after)
             with SIGNALS.in_training():
                 fit(parts, steps, eval_sets, cadence, saver, reporter, keep=keeper, start=start, wishes=SIGNALS)
             facts.log_record_losses(tracker, reporter.evaluations)

@@ -25,7 +25,8 @@ _HELD: set[Path] = set()
 """Folders of runs that this process holds."""
 _FORMAT = 1
 # `stopped` by itself: the same command would end in the same way, and begins a new run; a run that is named can go on
-State = Literal["running", "interrupted", "stopped", "over"]
+# `paused`: the same command goes on, as after an interruption; whoever closes runs of dead processes leaves it alone
+State = Literal["running", "interrupted", "paused", "stopped", "over"]
 
 LAYOUT = (
     "launch.nproc",
@@ -198,10 +199,10 @@ def runs_below(parent: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def unfinished(parent: Path, identity: Identity, *, but_for: Sequence[str]) -> Path | None:
-    """The newest run of the same training, in the same store, that was interrupted; some keys may differ."""
+    """The newest run of the same training, in the same store, that has not ended; some keys may differ."""
     for path, facts in runs_below(parent):
         same = facts["store"] == identity.store and not identity.differences(facts["params"], but_for=but_for)
-        if facts["state"] in ("running", "interrupted") and same:
+        if facts["state"] in ("running", "interrupted", "paused") and same:
             return path
     return None
 

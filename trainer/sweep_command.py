@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.errors import ConfigError
-from trainer.options import EXTRA, closes_mlflows_run, is_true, overrides_from, quiet_libraries
+from trainer.options import EXTRA, closes_mlflows_run, is_true, overrides, quiet_libraries
 
 if TYPE_CHECKING:
     from trainer.sweep.conduct import Plan
@@ -50,7 +50,7 @@ def sweep(
     jobs: str | None, grace: str, dry_run: str, profile: str | None, **short: str | None,
 ) -> None:  # fmt: skip
     """Try the points of FILE, a sweep, each as a run of its own; several workers share them out."""
-    given = {key: value for key, value in short.items() if value} | overrides_from(context.args)
+    given = {key: value for key, value in short.items() if value} | overrides(context.args)
     at_once, grace_seconds = _whole("--jobs", jobs), _whole("--grace", grace) or 120
     from trainer.sweep.storage import Storage, default_url
     from trainer.sweep.sweep_file import read_sweep

@@ -18,12 +18,13 @@ from mlflow import MlflowClient
 from tests.conftest import tiny_batch
 from tests.running import empty_store, open_run, without_mlflow_variables
 from trainer import names
+from trainer.cadence import Cadence
 from trainer.data.loader import Batch
 from trainer.display import Display
 from trainer.engine import Engine
 from trainer.events import CheckpointSaved, Event, Seen, StepDone
 from trainer.gate import Gate
-from trainer.loop import Cadence, EvalSet, Parts, fit
+from trainer.loop import EvalSet, Parts, fit
 from trainer.metrics import Meter
 from trainer.model import TrainedTensor
 from trainer.optim import Schedule, make_optimizer

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from tests.conftest import ARMS, PAD_ID, MakeParts, take_step, tiny_batch, tiny_samples
+from trainer.cadence import Cadence
 from trainer.data.loader import Batch, collate
 from trainer.errors import TrainingStopped
 from trainer.events import CheckpointSaved, EvalDone, Event, GatePassed, RecordLosses, Seen, StepDone, StoppedEarly
-from trainer.loop import Cadence, EvalSet, Parts, evaluate, fit
+from trainer.loop import EvalSet, Parts, evaluate, fit
 from trainer.model import TrainedTensor
 from trainer.seeds import derived_seed
 

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import MakeParts, tiny_batch
 from trainer.begin import Begun, restored
+from trainer.cadence import Cadence
 from trainer.checkpoint import MANIFEST, file_sha256, verify, write_folder
 from trainer.data.loader import Batch
-from trainer.errors import ConfigError, Interrupted
+from trainer.errors import ConfigError, Interrupted, Paused
 from trainer.events import CheckpointSaved, EvalDone, Event, Seen, StepDone
-from trainer.loop import Cadence, EvalSet, Parts, fit
+from trainer.loop import EvalSet, Parts, fit
 from trainer.metrics import Meter
 from trainer.position import NoWishes, Position
 from trainer.resume import (
@@ -84,6 +85,7 @@ class Training:
         *,
         wishes: NoWishes | None = None,
         listen: Callable[[Event], None] | None = None,
+        **cadence: Any,
     ) -> None:
         """Train to the end, or as far as is wished."""
 
@@ -99,12 +101,11 @@ class Training:
             write_folder(self.root / kind, lambda aside: (aside / "a").write_text(str(seen.step)), {"step": seen.step})
             return CheckpointSaved(seen, kind, str(self.root / kind), 1)
 
-        cadence = Cadence(
-            TOTAL, n_samples=3, eval_steps=frozenset({0, 2, 4}), resume_steps=frozenset({2, 4}), save_best_from=1
-        )
+        due = {"eval_steps": frozenset({0, 2, 4}), "resume_steps": frozenset({2, 4}), "save_best_from": 1} | cadence
+        timing = Cadence(TOTAL, n_samples=3, **due)
         sets = {"eval": EvalSet(lambda: [tiny_batch([7, 9], seed=99)])}
         steps = batches(start.seen.step if start else 0)
-        fit(self.parts, steps, sets, cadence, save, emit, keep=self.keep, start=start, wishes=wishes)
+        fit(self.parts, steps, sets, timing, save, emit, keep=self.keep, start=start, wishes=wishes)
 
     def weights(self) -> dict[str, bytes]:
         """Everything that trains, and what the optimizer remembers of it."""
@@ -171,6 +172,32 @@ def test_a_wish_to_end_is_fulfilled_after_the_step_with_a_point_that_loses_nothi
     again.go(again.take_up(read_point(first.root / "resume" / "step-4")))
     assert first.rows + again.rows == whole.rows
     assert again.weights() == whole.weights()
+
+
+BY_SAMPLES = {"eval_samples": 6, "resume_steps": None}  # a step holds three
+
+
+@pytest.mark.parametrize(
+    ("cadence", "samples", "step", "evaluated"),
+    [({}, 9, 3, False), ({}, 10, 4, True), (BY_SAMPLES, 6, 2, True), (BY_SAMPLES, 7, 3, False)],
+)
+def test_a_pause_comes_after_the_step_that_reaches_it_and_costs_nothing(
+    training: MakeTraining, cadence: dict[str, Any], samples: int, step: int, evaluated: bool
+) -> None:
+    """What was due there was done, an evaluation of its own was not; asked for the same again it trains nothing."""
+    whole, first, same, rest = (training(name) for name in ("whole", "first", "same", "rest"))
+    whole.go(**cadence)
+    with pytest.raises(Paused, match=f"after optimizer step {step}, a resume point is written"):
+        first.go(**cadence, pause_after=samples)
+    assert any(isinstance(event, EvalDone) and event.seen.step == step for event in first.events) == evaluated
+    assert not any(isinstance(event, CheckpointSaved) and event.kind == "last" for event in first.events)
+    point = newest_first(first.root)[0]
+    with pytest.raises(Paused):
+        same.go(same.take_up(read_point(point)), **cadence, pause_after=samples)
+    assert same.events == []
+    rest.go(rest.take_up(read_point(point)), **cadence, pause_after=18)  # the end is no pause
+    assert first.rows + rest.rows == whole.rows
+    assert rest.weights() == whole.weights()
 
 
 def test_the_two_newest_points_are_kept_and_what_was_told_is_durable_before(whole: Training) -> None:

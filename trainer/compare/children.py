@@ -13,7 +13,7 @@ from pathlib import Path
 from trainer import names
 from trainer.runs import SPOOL, Busy, held, runs_below
 from trainer.signals import STARTED_BY
-from trainer.spool import END, entries, position_of
+from trainer.spool import AGAIN, entries, position_of
 
 END_SECONDS = 30.0
 """What a run has to finish its step and write a resume point, once it was asked to end."""
@@ -178,10 +178,9 @@ class Standing:
         return (times[-1] - times[0]) / 1000 if times else 0.0
 
     @property
-    def closed_by(self) -> str:
-        """The MLflow status with which the run was closed last; empty where it never was."""
-        ends = [entry.body["status"] for entry in entries(self.path / SPOOL) if entry.kind == END] if self.path else []
-        return str(ends[-1]) if ends else ""
+    def in_one_go(self) -> bool:
+        """Whether the run was never interrupted."""
+        return self.path is not None and all(entry.kind != AGAIN for entry in entries(self.path / SPOOL))
 
 
 def standing(folder: Path) -> Standing:

@@ -16,5 +16,8 @@ NO_EFFECT: dict[str, str] = {
 ONE_LENGTH_KNOB = "global_max_length takes its place"
 """Why `template.max_length` has no effect where both are given."""
 
+SAMPLES_DECIDE = "training.eval_samples takes its place"
+"""Why `training.eval_steps` has no effect beside it."""
+
 REGEX_DECIDES = "tuner.target_regex decides"
 """Why `target_modules` and the parts that they are looked for in have no effect beside it."""

@@ -12,7 +12,7 @@ from typing import get_args
 
 from pydantic import ValidationError
 
-from trainer.config.compat import NO_EFFECT, ONE_LENGTH_KNOB, REGEX_DECIDES
+from trainer.config.compat import NO_EFFECT, ONE_LENGTH_KNOB, REGEX_DECIDES, SAMPLES_DECIDE
 from trainer.config.fields import Section, section_of
 from trainer.config.messages import field_of, from_pydantic, unknown_key
 from trainer.config.parts import RAW_STRATEGY_KEYS
@@ -87,6 +87,7 @@ def load(config: str | Path, *, profile: str | None = None, overrides: Mapping[s
     found.problems += _unusable_texts(root)
     root = _one_form_of_strategy(root, shown_path(base), found)
     root = _with_found_paths(root, [*chain, *profile_chain], path.parent, found)
+    _one_cadence(root, shown_path(base), found)
     checked = _validated(root, found)
     _note_unused_length(root, shown_path(base), found)
     _note_unused_selection(root, found)
@@ -306,6 +307,24 @@ def _note_unused_length(root: Node, base: str, found: _Findings) -> None:
     default = Config.model_fields["template"].default.max_length
     if length.value not in (one_knob.value, default) and not length.origin.startswith(base + ":"):
         found.no_effect[f"template.max_length: {ONE_LENGTH_KNOB}"] = length.origin
+
+
+def _one_cadence(root: Node, base: str, found: _Findings) -> None:
+    """Note `training.eval_steps` where `eval_samples` takes its place; both from one hand are a problem."""
+    by_steps, by_samples = _origin(root, "training.eval_steps"), _origin(root, "training.eval_samples")
+    if not isinstance(root.find(("training",)).find(("eval_samples",)).value, int) or by_steps == "default":
+        return
+    if by_steps.rpartition(":")[0] == by_samples.rpartition(":")[0]:
+        found.problems.append(
+            Problem(
+                place(by_samples, "training.eval_samples"),
+                f"it, and training.eval_steps ({by_steps})",
+                "evaluation by samples, or by optimizer steps",
+                "keep one of the two",
+            )
+        )
+    elif not by_steps.startswith(base + ":"):
+        found.no_effect[f"training.eval_steps: {SAMPLES_DECIDE}"] = by_steps
 
 
 def _note_unused_selection(root: Node, found: _Findings) -> None:

@@ -36,7 +36,12 @@ class Resolved:
 
     @property
     def arm(self) -> str:
-        """`last6_lora`; with `-P tuner.lora_rank=8`, `last6_lora+lora_rank=8`: no other arm must pass for this one."""
+        """`last6_lora`; with `-P tuner.lora_rank=8`, `last6_lora+lora_rank=8`: no other arm must pass for this one.
+
+        `tracking.arm` names it otherwise.
+        """
+        if self.config.tracking.arm:
+            return self.config.tracking.arm
         params = self.params()
         changed = [
             f"+{key.rpartition('.')[2]}={params[key]}"

@@ -108,9 +108,12 @@ class Training(Section):
     logging_first_step: bool = True
     """Whether optimizer step 1 gets a row too."""
     eval_strategy: Literal["steps"] = "steps"
-    """Evaluation goes by optimizer steps, and once more at the end."""
+    """Evaluation comes after whole optimizer steps, and once more at the end."""
     eval_steps: Count = 20
     """Optimizer steps between two evaluations."""
+    eval_samples: Count | None = None
+    """Training samples between two evaluations, for arms of any batch: each comes after the first step that has reached
+    the next multiple; null: `eval_steps` decides."""
     save_strategy: Literal["best", "epoch", "steps"] = "best"
     """When a checkpoint is written: at a new best eval loss, after each epoch, or every `save_steps`."""
     save_steps: Count = 40
@@ -120,7 +123,7 @@ class Training(Section):
     save_delay_steps: CountOrZero = 0
     """Optimizer step before which no checkpoint is written."""
     resume_steps: Count | None = None
-    """Optimizer steps between two resume points, from which an interrupted run goes on; null: as `eval_steps`."""
+    """Optimizer steps between two resume points, from which an interrupted run goes on; null: at evaluations."""
     metric_for_best_model: Literal["eval_loss"] = "eval_loss"
     """What `best` means: the eval loss in nats per supervised token."""
     load_best_model_at_end: bool = True
@@ -237,8 +240,10 @@ class Launch(Section):
 
 
 class Tracking(Section):
-    """What is measured beside the losses, and on how much data."""
+    """What the run is compared as, what is measured beside the losses, and on how much data."""
 
+    arm: str | None = None
+    """Name under which the run is compared; null: the strategy's, with what the command line changes of it."""
     probe_records: CountOrZero = 64
     """Training records of the probe behind `generalization_gap_clean`; 0: no probe."""
     vision_gain_records: CountOrZero = 64

@@ -212,6 +212,15 @@ def test_a_number_that_cannot_stand_for_a_range_is_told_as_it_is_written(
     assert f"got:     {got}\n" in told and allowed in told
 
 
+def test_evaluation_goes_by_samples_or_by_steps(loaded, fails) -> None:
+    """Both in one file, or in one command line, are a mistake; over the steps of another file the samples win."""
+    told = fails("training: {eval_steps: 4, eval_samples: 100}")
+    assert told.startswith("their.yaml:1: training.eval_samples") and "keep one of the two" in told
+    assert loaded("training: {eval_samples: 100}").no_effect == ()
+    (line,) = loaded("training: {eval_steps: 4}", {"training.eval_samples": "100"}).no_effect
+    assert line.startswith("training.eval_steps: training.eval_samples takes its place")
+
+
 def test_the_floor_may_equal_the_lowest_peak(loaded) -> None:
     """A flat schedule after warm-up is legal."""
     assert loaded("training: {lr_scheduler_kwargs: {min_lr: 1e-4}}").config.training.lr_scheduler_kwargs.min_lr == 1e-4

@@ -1,0 +1,69 @@
+"""What a comparison was asked for: arms, seeds, policy; and which of it makes two comparisons the same."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from trainer.compare.arms import Arm, Entered
+from trainer.compare.jobs import Room, room_for
+
+FULL, HALVING = "full", "halving"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is to be compared, and how."""
+
+    arms: tuple[Entered, ...]
+    seeds: tuple[int, ...]
+    profile: str | None
+    common: Mapping[str, str]
+    """Dotted key -> value, of all arms."""
+    output_dir: Path
+    policy: str = FULL
+    """full: every run to its end; halving: arms are ended early where that is safe."""
+    tune: int = 0
+    """Learning rates that are tried out for every arm before; 0: they are as the files say."""
+    margin: float = 0.01
+    """Of halving: share of the best loss that counts as no difference."""
+    error: float = 0.05
+    """Of halving: chance of a wrong decision, over all of them."""
+    jobs: int | None = None
+    """Runs at once; None: as many as there is room for."""
+    gpus: tuple[str, ...] = ()
+    """That may be dealt out."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the arms."""
+        return tuple(entered.arm.name for entered in self.arms)
+
+    def identity(self) -> dict[str, str]:
+        """What makes two comparisons the same: all but how many run at once, and where their folders lie."""
+        of_halving = {"margin": f"{self.margin:g}", "error": f"{self.error:g}"} if self.policy == HALVING else {}
+        return {
+            "strategies": ",".join(_written(entered.arm) for entered in self.arms),
+            "seeds": ",".join(map(str, self.seeds)),
+            "profile": self.profile or "",
+            "policy": self.policy,
+            "tune": str(self.tune),
+            **of_halving,
+            **dict(sorted(self.common.items())),
+        }
+
+    def room(self, runs: int, threads_before: int | None = None) -> Room:
+        """What this machine has room for.
+
+        Args:
+            runs: that are to do.
+            threads_before: of each run, when the comparison began; another number may change the last bits of sums.
+
+        Raises:
+            ConfigError: more is asked for than there is.
+        """
+        room = room_for(self.jobs, ranks=max(e.ranks for e in self.arms), gpus=self.gpus, runs=runs)
+        return replace(room, threads=threads_before or room.threads)
+
+
+def _written(arm: Arm) -> str:
+    return f"{arm.name}={arm.strategy}" + "".join(f"+{key}={value}" for key, value in arm.settings.items())

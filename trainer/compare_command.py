@@ -1,0 +1,125 @@
+"""The command `compare`: arms on seeds, all runs below one parent, and what is told of them at the end."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from trainer import launch
+from trainer.config.load import SHORT_NAMES
+from trainer.errors import ConfigError
+from trainer.options import EXTRA, closes_mlflows_run, is_true, overrides, quiet_libraries, tell
+
+STRATEGIES, SEEDS = "last6_lora,last6_full,all_lora,all_full,frozen_vision", "17,18,19"
+_POLICIES, _TRIALS = ("full", "halving"), ("0", "3", "5")
+
+_EPILOG = """
+\b
+python -m trainer compare --dry_run                       what would be run, and how long it takes
+python -m trainer compare --jobs 2                        five arms on three seeds, two runs at once
+python -m trainer compare --strategies last6_lora,b=last6_lora+training.vit_lr=2e-4
+python -m trainer compare --policy halving --tune 3       tuned alike, and the worse ones ended early
+
+The same command goes on with a comparison that was interrupted, and tries again what has failed. Any key can be given
+to all arms: --training.num_train_epochs 3
+"""
+
+
+@click.command(context_settings=EXTRA, epilog=_EPILOG)
+@click.option(
+    "--strategies", default=STRATEGIES, help=f"STRATEGY or NAME=STRATEGY[+key=value].  [default: {STRATEGIES}]"
+)
+@click.option("--seeds", default=SEEDS, help=f"With commas.  [default: {SEEDS}]")
+@click.option("--jobs", default="", help="Runs at once.  [default: one a GPU; without GPUs, one a core]")
+@click.option("--policy", default="", help="full, or halving: end arms early where that is safe.  [default: full]")
+@click.option("--tune", default="", help="Learning rates to try for every arm first: 0, 3 or 5.  [default: 0]")
+@click.option("--margin", default="", help="Of halving: share of the best loss that is no difference.  [default: 0.01]")
+@click.option("--error", default="", help="Of halving: chance of a wrong decision.  [default: 0.05]")
+@click.option("--profile", help="Scale: pocket, published, none, or a YAML file. [default: pocket for ours]")
+@click.option("--model", help="Base model (model.model).")
+@click.option("--train_jsonl", help="Training records (custom.train_jsonl).")
+@click.option("--val_jsonl", help="Validation records (custom.val_jsonl).")
+@click.option("--max_steps", help="Stop every run after so many optimizer steps (training.max_steps).")
+@click.option("--output_dir", default="output", help="Folder for the comparison's own folder.  [default: output]")
+@click.option(
+    "--dry_run", "--dry-run", is_flag=False, flag_value="true", default="", help="Only say what would be run."
+)
+@click.pass_context
+@closes_mlflows_run()
+def compare(context: click.Context, /, strategies: str, seeds: str, dry_run: str, **given: Any) -> None:
+    """Train several strategies on several seeds, each run a process of its own, and rank them.
+
+    All runs lie below one parent run in MLflow, which gets rank, plots and report. Runs of one seed see the same
+    batches, whatever the arm.
+    """
+    from trainer.compare.arms import enter, parse_arms, parse_seeds
+    from trainer.compare.asked import Asked
+
+    common = {key: given[key] for key in ("model", "train_jsonl", "val_jsonl", "max_steps") if given[key]}
+    for key, value in overrides(context.args).items():
+        if key in common:
+            raise ConfigError(f"-P {key}", "it twice", "once", "leave one out")
+        common[key] = value
+    common = {SHORT_NAMES.get(key, key): value for key, value in common.items()}
+    wanted, profile = parse_seeds(seeds or SEEDS), given["profile"] or None
+    arms = enter(parse_arms(strategies or STRATEGIES), wanted[0], profile, common)
+    asked = Asked(
+        arms, wanted, profile, common, Path(given["output_dir"] or "output"),
+        policy=_one_of("policy", given["policy"] or "full", _POLICIES),
+        tune=int(_one_of("tune", given["tune"] or "0", _TRIALS)),
+        margin=_share("margin", given["margin"] or "0.01"), error=_share("error", given["error"] or "0.05"),
+        jobs=_count("jobs", given["jobs"]), gpus=_gpus(common.get("launch.gpus")),
+    )  # fmt: skip
+    for resolved in {entered.resolved.path: entered.resolved for entered in arms}.values():
+        tell(resolved)
+    quiet_libraries()
+    if is_true("--dry_run", dry_run):
+        from trainer.compare import forecast
+
+        return forecast.show(asked, Console(highlight=False, soft_wrap=True))
+    return _run(asked)
+
+
+def _run(asked: Any) -> None:
+    from trainer.compare.course import compare as run_course
+    from trainer.compare.stage import Failed
+    from trainer.tracking import reach_store  # MLflow
+
+    try:
+        run_course(asked, reach_store())
+    except Failed as failed:
+        click.echo(f"not finished: {failed}", err=True)
+        raise SystemExit(1) from None
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ConfigError(name, repr(value)[:80], ", ".join(allowed), "take one of these")
+    return value
+
+
+def _share(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise ConfigError(name, repr(text)[:80], "a number between 0 and 1", "for instance 0.01")
+    return value
+
+
+def _count(name: str, text: str) -> int | None:
+    if text and not (text.isascii() and text.isdecimal() and 0 < int(text) <= 1000):
+        raise ConfigError(name, repr(text)[:80], "a whole number from 1", "leave it out to have it chosen")
+    return int(text) if text else None
+
+
+def _gpus(named: str | None) -> tuple[str, ...]:
+    """Indices of the GPUs that runs may be dealt out to: those that are named, or all."""
+    if not launch.may_have_gpus():
+        return ()
+    from trainer import gpus  # imports torch
+
+    here = gpus.count(None)
+    return tuple(str(index) for index in range(here)) if not named or not here else tuple(named.split(","))
