@@ -113,18 +113,26 @@ class Storage:
         """Optuna's view of it; its tables are made where there are none, so only one worker at a time may be here.
 
         Raises:
-            ConfigError: see `told`.
+            ConfigError: see `told`; or it is MLflow's, whose tables do not go together with Optuna's.
         """
         options = {"connect_args": {"timeout": _SQLITE_SECONDS}} if self._kind == "sqlite" else {"pool_pre_ping": True}
         with self.told(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            return optuna.storages.RDBStorage(
-                self.url,
-                engine_kwargs=options,
-                heartbeat_interval=self.beat_seconds,
-                grace_period=self.grace_seconds,
-                heartbeat_stale_trial_callback=lambda study, trial: retry(study, trial, most=MAX_RETRIES),
-            )
+            if sqlalchemy.inspect(sqlalchemy.create_engine(self.url, poolclass=NullPool)).has_table("experiments"):
+                do = "make one (createdb sweeps) and name it; leave --storage out for a file"
+                raise ConfigError("--storage", f"{self.shown}, a database of MLflow", "a database of its own", do)
+            try:
+                return optuna.storages.RDBStorage(
+                    self.url,
+                    engine_kwargs=options,
+                    heartbeat_interval=self.beat_seconds,
+                    grace_period=self.grace_seconds,
+                    heartbeat_stale_trial_callback=lambda study, trial: retry(study, trial, most=MAX_RETRIES),
+                )
+            except RuntimeError as error:  # its tables are those of another version
+                do = "use that version, or another database"
+                allowed = f"a database of Optuna {optuna.__version__}"
+                raise ConfigError("--storage", f"{self.shown}: {error}", allowed, do) from None
 
 
 class Heart:

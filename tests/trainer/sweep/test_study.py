@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from tests.running import ROOT, environment
+from tests.running import ROOT, empty_store, environment
 from trainer.errors import ConfigError
 from trainer.sweep.storage import Storage, default_url
 from trainer.sweep.study import Given, Study, opened
@@ -261,3 +261,12 @@ def test_a_storage_that_cannot_be_used_is_one_message_without_its_password(url: 
         opened(read_sweep("vit_lr", seeds="1"), Storage(url, "s", grace_seconds=60), {})
     assert "secret" not in str(caught.value) and "--storage" in str(caught.value)
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_a_database_of_mlflow_is_no_place_for_a_study_and_stays_as_it_is(tmp_path: Path) -> None:
+    """Both keep the versions of their tables in a table of one name."""
+    store = empty_store(tmp_path)
+    before = (tmp_path / "mlflow.db").read_bytes()
+    with pytest.raises(ConfigError, match="a database of its own"):
+        opened(read_sweep("vit_lr", seeds="1"), Storage(store, "s", grace_seconds=60), {})
+    assert (tmp_path / "mlflow.db").read_bytes() == before
