@@ -21,6 +21,7 @@ SWEEP = ROOT / "experiments" / "sweeps" / "augmentation.yaml"
 def main() -> None:
     """Train what is missing, then write the report."""
     sweep = yaml.safe_load(SWEEP.read_text(encoding="utf-8"))
+    strategies = sweep["space"].pop("strategy")
     seeds = ",".join(map(str, sweep["seeds"]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default=seeds, help="comma-separated; by default those of the sweep")
@@ -29,8 +30,8 @@ def main() -> None:
     parser.add_argument("--code", default=code_version(), help="commit whose runs count; by default the one here")
     arguments = parser.parse_args()
     arms = [
-        Arm(strategy, dict(zip(sweep["settings"], values, strict=True)))
-        for strategy, values in product(sweep["strategies"], product(*sweep["settings"].values()))
+        Arm(strategy, dict(zip(sweep["space"], values, strict=True)))
+        for strategy, values in product(strategies, product(*sweep["space"].values()))
     ]
     train_missing(arguments.code, arms, [int(seed) for seed in arguments.seeds.split(",")], arguments.jobs)
     write_report(arguments.code, arguments.out)

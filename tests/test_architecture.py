@@ -90,6 +90,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "compare.parent": ("addresses", "begin", "errors", "names", "redact", "runs", "tracker", "tracking"),
     "compare.stage": ("compare.*", "names"),
     "compare.conclusion": ("compare.parent", "compare.stage", "names", "runs", "spool", "sync"),
+    "sweep.space": (),
+    "sweep.axes": ("config.*", "sweep.space"),
+    "sweep.sweep_file": ("config.*", "errors", "names", "runs", "sweep.axes", "sweep.space"),
+    "sweep.storage": ("addresses", "errors"),
+    "sweep.study": ("errors", "sweep.space", "sweep.storage", "sweep.sweep_file"),
+    "sweep.points": ("sweep.space", "sweep.study", "sweep.sweep_file"),
+    "sweep.worker": ("compare.children", "compare.jobs", "names", "sweep.study"),
+    "sweep.shared_run": ("addresses", "errors", "names", "redact", "spool", "tracking"),
     "signals": ("errors",),
     "redact": (),
     "spool": ("durable",),
@@ -107,7 +115,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 # Package from outside -> the only modules of the trainer that may import it.
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "mlflow": ("tracking", "stored", "inference.served"),  # what runs write; what they left; what MLflow serves
-    "sqlalchemy": ("tracking",),
+    "optuna": ("sweep.*",),
+    "sqlalchemy": ("tracking", "sweep.storage"),
     "click": ("__main__", "options", "*_command", "data_commands"),
     "deepspeed": ("zero2",),
     "pyarrow": ("facts",),

@@ -23,6 +23,7 @@ from trainer.config.load import load
 PROJECT = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
 ENTRY_POINTS: dict[str, dict[str, Any]] = PROJECT["entry_points"]
 STRATEGIES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml") if path.stem != "base")
+SWEEPS = {f"{path.stem}_sweep": path.stem for path in (ROOT / "experiments" / "sweeps").glob("*.yaml")}
 DATA = {"validate", "preview"}
 USE = {"predict", "export"}
 ANALYSIS = {"rank", "plot", "report", "gallery", "promote", "import_published", "import_tensorboard"}
@@ -48,7 +49,8 @@ def mlflow_run(entry: str, parameters: dict[str, str], folder: Path, store: str)
 
 def test_every_experiment_file_has_an_entry_point_of_its_name() -> None:
     """A new strategy is one YAML file and one entry; beside them are the general one, data, the base, the analysis."""
-    assert set(ENTRY_POINTS) == {"main", "compare", *DATA, *USE, "sync", "pocket_base", *STRATEGIES, *ANALYSIS}
+    others = {"main", "compare", "sweep", "sync", "pocket_base"}
+    assert set(ENTRY_POINTS) == {*others, *SWEEPS, *DATA, *USE, *STRATEGIES, *ANALYSIS}
 
 
 def test_the_environment_is_that_of_conda_yaml() -> None:
@@ -72,6 +74,9 @@ def test_an_entry_point_runs_without_parameters_and_uses_every_one_it_has(entry:
     assert used <= {option.removeprefix("--") for option in options}
     if entry in STRATEGIES:
         assert words[3:5] == ["run", entry]
+    if entry in SWEEPS:
+        assert words[3:5] == ["sweep", SWEEPS[entry]]
+        assert {"file", *point["parameters"]} == set(ENTRY_POINTS["sweep"]["parameters"])
 
 
 def test_every_short_option_of_run_is_a_parameter_of_every_strategy() -> None:

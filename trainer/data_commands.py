@@ -72,3 +72,6 @@ def convert(source: Path, out: Path, **options: Any) -> None:
     from trainer import convert as conversion
 
     conversion.show(conversion.convert(source, out, **options))
+
+
+ALL = (validate, preview, convert)

@@ -145,6 +145,9 @@ TAG_ARM = "comparison.arm"
 TAG_RATES_TRIED = "comparison.rates_tried"  # of an arm: what was tried before, as JSON; absent where nothing was
 TAG_HALVING = "halving"  # of a comparison that may end arms early: how it stands; of an arm: why it was ended
 TAG_CHECKPOINT_DIGEST = "checkpoint.digest"  # of a version in the Model Registry
+TAG_SWEEP = "sweep.study"  # of a trial, and of the run that its trials are nested below
+TAG_TRIAL = "sweep.trial"  # number of its first attempt
+TAG_POINT = "sweep.point."  # and the key of an axis: what was tried
 
 # Variables by which a run is told what it belongs to. They are no part of its identity: a run is the same without them.
 PARENT_VARIABLE = "TRAINER_PARENT_RUN"  # MLflow run to nest a new run below
@@ -163,3 +166,5 @@ ARTIFACT_PREVIEW = "preview.png"
 ARTIFACT_CHAMPION = "champion"  # folder: the checkpoint of a run that was promoted
 ARTIFACT_CONVERSATION = "first_conversation.txt"
 ARTIFACT_TRACEBACK = "traceback.txt"
+ARTIFACT_TRIALS = "sweep_trials.csv"
+ARTIFACT_POINTS = "sweep_points.json"

@@ -73,7 +73,6 @@ def run(
     identity = Identity(run_name, {**resolved.params(), **rests}, store.name)
     asked = Asked(resume_from, allow_drift, budget.total_steps, training.early_stopping_patience)
     with begin_on_ranks(accelerator, identity, Path(training.output_dir), asked) as begun:
-        # model, wrapped as the plan says
         model = apply_plan(build.load_base(config, prepared.tools), prepared.plan, seed=training.seed)
         start = begun.point.position if begun.point else Position()
 
@@ -85,9 +84,8 @@ def run(
         material = material_of(model, course, prepared.forward_pass, accelerator, config)
         engine = make_engine(accelerator, material, course, config)
         restored(begun, lambda point: resume.load_moments(point, engine))
-        parts = Parts(
-            engine, prepared.schedule, course.gate, training.seed, partial(course.switch, engine, make=material)
-        )
+        switch = partial(course.switch, engine, make=material)
+        parts = Parts(engine, prepared.schedule, course.gate, training.seed, switch)
         samples, workers, best = prepared.samples, config.data.dataloader_num_workers, training.load_best_model_at_end
         steps = train_steps(samples, budget.plan, rank=rank, workers=workers, first_step=start.seen.step)
         eval_sets = eval_sets_from(config, prepared.data, prepared.encoder, samples.cache, rank=rank, ranks=ranks)

@@ -103,11 +103,19 @@ class Board:
         loss = f"eval {last[0].loss:.4f}" if last else ""
         self._progress.update(self._tasks[job.name], completed=now.step, total=now.total_steps or None, loss=loss)
 
+    def gone(self, job: Job) -> None:
+        """Of a job's process, whatever became of it."""
+        self._progress.remove_task(self._tasks.pop(job.name))
+
+    def stands_at(self, done: int) -> None:
+        """So many are done now, whoever has done them."""
+        self._done = done
+        self._progress.update(self._all, completed=done)
+
     def ended(self, ended: Ended) -> None:
         """Say what became of a job, in one line."""
-        self._progress.remove_task(self._tasks.pop(ended.job.name))
-        self._done += ended.status == 0
-        self._progress.update(self._all, completed=self._done)
+        self.gone(ended.job)
+        self.stands_at(self._done + (ended.status == 0))
         last = ended.standing.evaluations[-1:]
         loss = f"  eval {last[0].loss:.4f} at step {last[0].step}" if last else ""
         well = "paused" if ended.standing.state == "paused" else "done"

@@ -73,6 +73,21 @@ def find_profile(profile: str) -> Path:
     return _first_file(tried, f"profile {shown(profile)}", profile, names)
 
 
+def find_sweep(sweep: str) -> Path:
+    """Return the absolute path of a sweep's file, by name or as a path to a YAML file.
+
+    Args:
+        sweep: the name of a file in `experiments/sweeps/`, or a path.
+
+    Raises:
+        ConfigError: no such file; names the places tried and the nearest name.
+    """
+    folder = experiments_dir() / "sweeps"
+    tried = [base / (sweep + ending) for base in (Path.cwd(), folder, folder.parent.parent) for ending in (_ENDING, "")]
+    names = [path.stem for path in sorted(folder.glob("*" + _ENDING))]
+    return _first_file(tried, f"sweep {shown(sweep)}", Path(sweep).stem, names)
+
+
 def _first_file(tried: Sequence[Path], what: str, name: str, names: Sequence[str]) -> Path:
     """Return the first path that is a file, or raise what tells every place and name."""
     for path in tried:

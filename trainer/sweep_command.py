@@ -1,0 +1,134 @@
+"""The command `sweep`: tries the points of a sweep's file, together with all others who give the same command."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from trainer.errors import ConfigError
+from trainer.options import EXTRA, closes_mlflows_run, is_true, overrides, quiet_libraries
+
+if TYPE_CHECKING:
+    from trainer.sweep.conduct import Plan
+    from trainer.sweep.study import Tried
+    from trainer.sweep.sweep_file import Sweep
+
+_EPILOG = """
+\b
+python -m trainer sweep vit_lr                      a file in experiments/sweeps/, or a path
+python -m trainer sweep vit_lr --seeds 17 --jobs 1  one seed, one run at a time
+python -m trainer sweep vit_lr --storage postgresql+psycopg2://me@db/sweeps
+                                                    on as many machines as you like, at the same time
+
+Any key can be set for all points: --training.num_train_epochs 2. The same command goes on with a sweep that was
+interrupted, and shows its ranking when it is over.
+"""
+
+
+@click.command(context_settings=EXTRA, epilog=_EPILOG)
+@click.argument("file")
+@click.option("--storage", envvar="SWEEP_STORAGE", help="Database of the study. [default: a file in its folder]")
+@click.option("--study", help="Name of the study that workers share. [default: that of FILE]")
+@click.option("--seeds", help="Comma-separated, instead of the file's.")
+@click.option("--trials", help="How many points to try, where the sampler is not grid; instead of the file's.")
+@click.option("--jobs", help="Trials at once on this machine. [default: one a GPU, else one a core]")
+@click.option("--grace", default="120", help="Seconds of silence after which a worker counts as dead.  [default: 120]")
+@click.option("--dry_run", "--dry-run", is_flag=False, flag_value="true", default="", help="Show what would be done.")
+@click.option("--profile", help="Scale: pocket, published, none, or a YAML file. [default: pocket for ours]")
+@click.option("--model", help="Base model (model.model).")
+@click.option("--train_jsonl", help="Training records (custom.train_jsonl).")
+@click.option("--val_jsonl", help="Validation records (custom.val_jsonl).")
+@click.option("--max_steps", help="Stop every trial after so many optimizer steps (training.max_steps).")
+@click.option("--output_dir", help="Its folder `sweeps` holds all trials (training.output_dir).")
+@click.pass_context
+@closes_mlflows_run()
+def sweep(
+    context: click.Context, /, file: str, storage: str | None, study: str | None, seeds: str | None, trials: str | None,
+    jobs: str | None, grace: str, dry_run: str, profile: str | None, **short: str | None,
+) -> None:  # fmt: skip
+    """Try the points of FILE, a sweep, each as a run of its own; several workers share them out."""
+    given = {key: value for key, value in short.items() if value} | overrides(context.args)
+    at_once, grace_seconds = _whole("--jobs", jobs), _whole("--grace", grace) or 120
+    from trainer.sweep.storage import Storage, default_url
+    from trainer.sweep.sweep_file import read_sweep
+
+    asked = read_sweep(file, profile=profile, overrides=given, seeds=seeds, trials=trials)
+    name = study or asked.name
+    if not name.replace("-", "_").replace(".", "_").isidentifier():
+        raise ConfigError("--study", repr(name), "letters, digits, -, _ and .", "choose such a name")
+    folder = Path(asked.output_dir or asked.resolved(asked.first()).config.training.output_dir) / "sweeps" / name
+    place = Storage(storage or default_url(folder), name, grace_seconds=grace_seconds)
+    quiet_libraries()
+    from trainer.compare.jobs import Board  # MLflow, only when the sweep is known to be right
+    from trainer.sweep import conduct
+    from trainer.tracking import reach_store
+
+    plan = conduct.plan(asked, place, folder, at_once)
+    if is_true("--dry_run", dry_run):
+        _show_plan(plan)
+        return
+    with Board(asked.trials, what="trials") as board:
+        board.say(f"{name}: {asked.trials} trials, {plan.room.why}; study in {place.shown}")
+        tried = conduct.conduct(plan, reach_store(), board)
+    _show(asked, tried)
+    if any(one.state.name == "FAIL" for one in tried):
+        click.echo(
+            "some trials failed; the same command tries again those whose training did not stop itself", err=True
+        )
+        raise SystemExit(1)
+
+
+def _whole(option: str, text: str | None) -> int | None:
+    if not text:
+        return None
+    if not text.isdecimal() or not 0 < int(text) <= 10**6:
+        raise ConfigError(option, repr(text), "a whole number above 0", "correct it")
+    return int(text)
+
+
+def _show(sweep: "Sweep", tried: "Sequence[Tried]") -> None:
+    """The ranking, what failed, what the order is worth, and the command that trains the best."""
+    from trainer.sweep import points
+
+    ranked = points.ranked(sweep, tried)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(_table(points.header(sweep), points.rows(sweep, ranked)))
+    for one in tried:
+        if one.state.name == "FAIL":
+            console.print(f"trial {one.first} failed: {one.why}", markup=False)
+    console.print(points.statement(sweep, ranked), markup=False)
+    if best := points.command(sweep, ranked):
+        console.print(f"train the best:\n    {best}", markup=False)
+
+
+def _show_plan(plan: "Plan") -> None:
+    """What would be done, by whom, and what the first trial would run."""
+    from trainer.sweep import space
+
+    sweep = plan.sweep
+    console = Console(highlight=False, soft_wrap=True)
+    if sweep.is_grid:
+        keys = [axis.key for axis in sweep.axes]
+        rows = [[str(index), *map(str, point.values())] for index, point in enumerate(space.grid(sweep.axes))]
+        console.print(_table(["trial", *keys], rows))
+    else:
+        console.print(f"{sweep.trials} points drawn by {sweep.sampler.name} from", markup=False)
+        for axis in sweep.axes:
+            ends = ", ".join(map(space.short, axis.ends()))
+            between = " (bounds)" if isinstance(axis, space.Range) else ""
+            console.print(f"    {axis.key}: {ends}{between}", markup=False)
+    strategy, changed = sweep.of(sweep.first())
+    settings = " ".join(f"--{key} {text}" for key, text in changed.items())
+    console.print(f"one of them: python -m trainer run {strategy} {settings}", markup=False)
+    console.print(f"by {sweep.metric}, pruner {sweep.pruner.name}; {plan.room.why}", markup=False)
+    console.print(f"trials in {plan.folder}, study {plan.storage.name} in {plan.storage.shown}", markup=False)
+
+
+def _table(header: "Sequence[str]", rows: "Sequence[Sequence[str]]") -> Table:
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    return table
