@@ -118,7 +118,6 @@ def fit(
 
             if parts.gate.after_update(step, parts.engine.weight, last=last):
                 emit(GatePassed(seen))
-
             if result is not None:
                 loss = result.losses[EVAL].mean()
                 if loss < progress.best_saved and cadence.save_best_from is not None and step >= cadence.save_best_from:
