@@ -42,3 +42,7 @@ class Cadence:
     def keeps(self, step: int, *, evaluated: bool) -> bool:
         """Whether a resume point is due, beside that of the last step."""
         return evaluated and step > 0 if self.resume_steps is None else step in self.resume_steps
+
+    def saves_best(self, step: int, loss: float, lowest: float) -> bool:
+        """Whether an eval loss gets a checkpoint of its own: one below the lowest that has one."""
+        return loss < lowest and self.save_best_from is not None and step >= self.save_best_from

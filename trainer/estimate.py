@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trainer.build import Prepared, checkpointed_parts, computes_in_bf16
+from trainer.build import Prepared
 from trainer.config.resolved import Resolved
 from trainer.config.schema import Config
 from trainer.cost.anatomy import Anatomy, anatomy_of
@@ -17,6 +17,7 @@ from trainer.cost.memory import Layout, Memory, peak_memory, states
 from trainer.cost.microbatch import MicroBatch
 from trainer.cost.operations import Operations, Where, operations_of
 from trainer.earlier import earlier_pace
+from trainer.engines import checkpointed_parts, computes_in_bf16
 from trainer.model import read_config
 
 _FEWEST_WORDS = 8

@@ -118,12 +118,10 @@ def fit(
 
             if parts.gate.after_update(step, parts.engine.weight, last=last):
                 emit(GatePassed(seen))
-            if result is not None:
-                loss = result.losses[EVAL].mean()
-                if loss < progress.best_saved and cadence.save_best_from is not None and step >= cadence.save_best_from:
-                    emit(saved := save(seen, "best"))
-                    if isinstance(saved, CheckpointSaved):
-                        progress.best_saved = loss
+            if result is not None and cadence.saves_best(step, loss := result.losses[EVAL].mean(), progress.best_saved):
+                emit(saved := save(seen, "best"))
+                if isinstance(saved, CheckpointSaved):
+                    progress.best_saved = loss
 
             if step in cadence.save_steps:
                 emit(save(seen, f"step-{step}"))
