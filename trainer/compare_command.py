@@ -12,6 +12,7 @@ from trainer.errors import ConfigError
 from trainer.options import EXTRA, closes_mlflows_run, is_true, overrides, quiet_libraries, tell
 
 STRATEGIES, SEEDS = "last6_lora,last6_full,all_lora,all_full,frozen_vision", "17,18,19"
+_OF_ALL = ("model", "train_jsonl", "val_jsonl", "max_steps")
 _POLICIES, _TRIALS = ("full", "halving"), ("0", "3", "5")
 
 _EPILOG = """
@@ -56,15 +57,15 @@ def compare(context: click.Context, /, strategies: str, seeds: str, dry_run: str
     from trainer.compare.arms import enter, parse_arms, parse_seeds
     from trainer.compare.asked import Asked
 
-    common = {key: given[key] for key in ("model", "train_jsonl", "val_jsonl", "max_steps") if given[key]}
-    for key, value in overrides(context.args).items():
+    common = {SHORT_NAMES[key]: given[key] for key in _OF_ALL if given[key]}
+    for name, value in overrides(context.args).items():
+        key = SHORT_NAMES.get(name, name)
         if key in common:
-            raise ConfigError(f"-P {key}", "it twice", "once", "leave one out")
+            raise ConfigError(f"-P {name}", f"{key} given twice", "one of them", "leave one out")
         common[key] = value
     if given["policy"] == "halving" and "training.eval_steps" in common:
         told = "evaluation by optimizer steps, which are not equal work for arms that accumulate differently"
         raise ConfigError("-P training.eval_steps", told, "training.eval_samples", "give that one, or none of them")
-    common = {SHORT_NAMES.get(key, key): value for key, value in common.items()}
     wanted, profile = parse_seeds(seeds or SEEDS), given["profile"] or None
     arms = enter(parse_arms(strategies or STRATEGIES), wanted[0], profile, common)
     asked = Asked(

@@ -71,12 +71,12 @@ def halve(jobs: Jobs, asked: Asked, of: Parent, console: Console) -> list[Ended]
     jobs = {key: replace(job, arguments=(*job.arguments, *own)) for key, job in jobs.items()}
     failed: dict[str, Ended] = {}
     for rung, samples in enumerate(where["rungs"]):
+        if rung < len(of.known(RUNGS) or []):  # decided by this command before it was interrupted
+            _end_stopped(jobs, of)
+            continue
         alive = _alive(asked.names, of)
         if len(alive) < 2:
             break
-        if rung < len(of.known(RUNGS) or []):  # by this command before it was interrupted
-            _end_stopped(jobs, of)
-            continue
         here = [job for (arm, _), job in jobs.items() if arm in alive and job.name not in failed]
         todo = [_pausing(job, samples) for job in here if not _has_come(standing(job.folder), samples)]
         what = f"runs to rung {rung + 1}"
