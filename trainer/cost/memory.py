@@ -250,11 +250,11 @@ class _Walk:
     def _add_gradients(self, at: str, working: int, trained: int) -> None:
         """A moment at which gradients of so many parameters are made, beside others that are there already."""
         own = trained * FLOAT
-        if self._layout.accumulation > 1 or self._pieces > 1:
+        if self._layout.accumulation > 1:
             self._note(at, working + own)
-        else:
-            self._gradients += own
-            self._note(at, working)
+        else:  # this rank's piece of them stays
+            self._gradients += own // self._pieces
+            self._note(at, working + own - own // self._pieces)
 
     def _note(self, at: str, working: int, *, gradients: int | None = None) -> None:
         """A moment at which so much is held beside what is kept."""
