@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from analysis.ranking import Ranking, Reading, Row
-from analysis.settings import AUGMENTATION, BLOCKS, METHOD, differing, setting
+from analysis.settings import AUGMENTATION, BLOCKS, METHOD, SCHEDULE, differing, setting
 from analysis.statistics import (
     Contrast,
     Difference,
@@ -26,12 +26,15 @@ METHODS = ("lora", "full")
 
 
 def n_blocks(row: Row) -> float:
-    """How many vision blocks an arm trains; nan where it is not known."""
-    text = row.readings[0].run.params.get(names.VISION_BLOCKS, "")
+    """How many vision blocks an arm trains; nan where it is not known, or changes from stage to stage."""
+    params = row.readings[0].run.params
+    text = params.get(names.VISION_BLOCKS, "")
+    if params.get(SCHEDULE, "null") != "null":
+        return math.nan
     try:
         return float(len(json.loads(text)))
     except (ValueError, TypeError):
-        first, dash, last = row.readings[0].run.params.get(BLOCKS, "").partition("-")
+        first, dash, last = params.get(BLOCKS, "").partition("-")
         return float(last) - float(first) + 1 if dash and first.isdigit() and last.isdigit() else math.nan
 
 

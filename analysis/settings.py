@@ -9,6 +9,7 @@ from trainer import names
 from trainer.config.load import SHORT_NAMES
 
 BLOCKS, METHOD = "strategy.vision.blocks", "strategy.vision.method"
+SCHEDULE = "strategy.vision.schedule"
 SEED, VIT_LR, LORA_RANK = "training.seed", "training.vit_lr", "tuner.lora_rank"
 AUGMENTATION = "custom.augmentation.mode"
 ACCUMULATION, _RANKS = "training.gradient_accumulation_steps", "launch.nproc"

@@ -8,6 +8,7 @@ from functools import cached_property
 from trainer.cadence import Cadence
 from trainer.config.schema import Config
 from trainer.data.packing import Samples, StepPlan
+from trainer.metrics import Meter
 from trainer.optim import Schedule
 from trainer.strategy import Part
 
@@ -101,4 +102,14 @@ def schedule_from(config: Config, budget: Budget) -> Schedule:
         floor=training.lr_scheduler_kwargs.min_lr * training.lr_scale,
         warmup_steps=budget.warmup_steps,
         total_steps=budget.total_steps,
+    )
+
+
+def meter_from(config: Config, total_steps: int) -> Meter:
+    """What turns events into metric rows."""
+    return Meter(
+        logging_steps=config.training.logging_steps,
+        log_first=config.training.logging_first_step,
+        total_steps=total_steps,
+        smoothing=config.tracking.smoothing_weight,
     )

@@ -25,7 +25,6 @@ from trainer.engines import computes_in_bf16, zero_from
 from trainer.fused.choice import ForwardPass, choose
 from trainer.fused.features import Keep
 from trainer.gpus import stand_ins
-from trainer.metrics import Meter
 from trainer.model import Tools, load_model, load_tools, parameter_shapes
 from trainer.optim import Schedule
 from trainer.raw_strategy import RawStrategy, raw_rules
@@ -131,13 +130,3 @@ def strategy_from(config: Config) -> Strategy:
 def lora_from(config: Config) -> Lora:
     """LoRA's numbers, common to both forms."""
     return Lora(config.tuner.lora_rank, config.tuner.lora_alpha, config.tuner.lora_dropout)
-
-
-def meter_from(config: Config, total_steps: int) -> Meter:
-    """What turns events into metric rows."""
-    return Meter(
-        logging_steps=config.training.logging_steps,
-        log_first=config.training.logging_first_step,
-        total_steps=total_steps,
-        smoothing=config.tracking.smoothing_weight,
-    )

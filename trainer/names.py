@@ -94,8 +94,13 @@ METRICS: dict[str, Metric] = {
     GRAD_NORM + "total": Metric("norm before clipping"),
     **{GRAD_NORM + part: Metric("norm before clipping") for part in PARTS},
     **{LEARNING_RATE + part: Metric("per optimizer step") for part in PARTS},
+}
+"""What every run has."""
+
+OF_STAGES: dict[str, Metric] = {
     LEARNING_RATE + "vision_newest": Metric("per optimizer step, of the blocks that began last"),
 }
+"""What runs with `strategy.vision.schedule` have beside it, from their first switch on."""
 
 
 def metric(name: str) -> Metric:
@@ -104,7 +109,7 @@ def metric(name: str) -> Metric:
     Raises:
         KeyError: the name is not ours.
     """
-    return Metric(_NATS, "lower") if name.startswith(EVAL_LOSS_BY_DOMAIN) else METRICS[name]
+    return Metric(_NATS, "lower") if name.startswith(EVAL_LOSS_BY_DOMAIN) else (METRICS | OF_STAGES)[name]
 
 
 # Params beside the resolved configuration, which is logged whole under its dotted keys.

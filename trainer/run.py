@@ -7,7 +7,7 @@ from pathlib import Path
 from trainer import build, facts, launch, resume
 from trainer.addresses import Store
 from trainer.begin import AUTO, Asked, begin_on_ranks, open_tracker, restored
-from trainer.budget import cadence_from
+from trainer.budget import cadence_from, meter_from
 from trainer.checkpoint import Saver
 from trainer.config.resolved import Resolved
 from trainer.curriculum import Course
@@ -98,7 +98,7 @@ def run(
         with tracker, Display(budget.total_steps, quiet=not first) as display, launch.with_the_others():
             for line in (*begun.lines, *prepared.no_effect):
                 display.say(line)
-            reporter = Reporter(tracker, build.meter_from(config, budget.total_steps), display, begun.path)
+            reporter = Reporter(tracker, meter_from(config, budget.total_steps), display, begun.path)
             remembers: dict[str, resume.Stateful] = {"gate": course, "reporter": reporter}
             restored(begun, lambda point: resume.restore_parts(point, remembers))
             if first and begun.point is None:

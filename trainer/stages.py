@@ -9,10 +9,10 @@ from trainer.config.problems import place
 from trainer.config.resolved import Resolved
 from trainer.errors import ConfigError, StrategyError
 from trainer.optim import Schedule
-from trainer.strategy import ParameterPlan, Shapes, resolve_blocks, vision_depth
+from trainer.strategy import BLOCK, ParameterPlan, Shapes, depth, resolve_blocks
 
 SCHEDULE = "strategy.vision.schedule"
-_BLOCK = re.compile(r"model\.visual\.blocks\.(\d+)\.")
+_BLOCK = re.compile(BLOCK + r"\.")
 _SHORTEST = 2
 """Optimizer steps that a stage has at least: in the second one the gate sees the gradient of LoRA's A."""
 
@@ -52,7 +52,7 @@ def stages_from(
         return (Stage(0, plan.vision_blocks, gate_look),)
     where = place(resolved.origins[SCHEDULE], SCHEDULE)
     shares, specs = zip(*of_config.vision.stages, strict=True)
-    available = vision_depth(shapes)
+    available = depth(shapes, BLOCK)
     blocks = [resolve_blocks(spec, available, where=where, noun="vision blocks") for spec in specs]
     _check_growth(where, specs, blocks)
     starts = [_steps(share, schedule.total_steps) for share in shares]

@@ -32,7 +32,7 @@ class Part(StrEnum):
 
 
 _MERGERS = r"model\.visual\.(merger|deepstack_merger_list\.\d+)"
-_BLOCK = r"model\.visual\.blocks\.(\d+)"
+BLOCK = r"model\.visual\.blocks\.(\d+)"
 _LAYER = r"model\.language_model\.layers\.(\d+)"
 
 # First match wins: the aligner lives inside `model.visual`, so it stands before the vision tower.
@@ -50,7 +50,7 @@ _LORA_INSIDE = {
 }
 
 # A module that full fine-tuning copies whole (PEFT `modules_to_save`): one block, one layer, one merger.
-_UNIT = re.compile(rf"({_MERGERS}|{_BLOCK}|{_LAYER})\..+")
+_UNIT = re.compile(rf"({_MERGERS}|{BLOCK}|{_LAYER})\..+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +183,6 @@ def depth(shapes: Shapes, pattern: str) -> int:
     return max(indices) + 1 if indices else 0
 
 
-def vision_depth(shapes: Shapes) -> int:
-    """Number of vision blocks."""
-    return depth(shapes, _BLOCK)
-
-
 def resolve_blocks(spec: str, available: int, *, where: str, noun: str) -> tuple[int, ...]:
     """Indices that `all`, `none`, `last-N`, `A-B` or a comma list mean in a model with `available` blocks.
 
@@ -232,7 +227,7 @@ def rules_for(strategy: Strategy, shapes: Shapes, *, origins: Mapping[str, str] 
         return f"-P {key}" if origin == "-P" else f"{origin}: {key}" if origin else key
 
     key = f"strategy.vision.{strategy.vision.key}"
-    blocks = resolve_blocks(strategy.vision.blocks, vision_depth(shapes), where=where(key), noun="vision blocks")
+    blocks = resolve_blocks(strategy.vision.blocks, depth(shapes, BLOCK), where=where(key), noun="vision blocks")
     layers = resolve_blocks(
         strategy.llm.blocks, depth(shapes, _LAYER), where=where("strategy.llm.layers"), noun="LLM layers"
     )
@@ -269,7 +264,7 @@ def plan_rules(rules: Sequence[Rule], shapes: Shapes, lora: Lora) -> ParameterPl
             )
     _check_whole_modules(tensors)
     trained_blocks = {
-        int(m.group(1)) for t in tensors if t.method is not Method.FROZEN and (m := re.match(_BLOCK + r"\.", t.name))
+        int(m.group(1)) for t in tensors if t.method is not Method.FROZEN and (m := re.match(BLOCK + r"\.", t.name))
     }
     return ParameterPlan(tuple(tensors), lora, tuple(sorted(trained_blocks)))
 

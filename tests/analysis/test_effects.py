@@ -77,6 +77,15 @@ def test_of_three_depths_the_extremes_are_compared() -> None:
     assert math.isnan(effects.first.estimate.low)  # one seed of some cells
 
 
+def test_an_arm_that_opens_the_tower_step_by_step_has_no_depth() -> None:
+    """Six blocks in the end, but not the cell of those that train six throughout."""
+    staged = {"strategy.vision.blocks": "none", "strategy.vision.schedule": '[{"from": 0.0, "blocks": "last-2"}]'}
+    arms = {**FOUR, "steps_lora": ("last-2", "lora", [0.1, 0.1])}
+    effects = depth_by_method(ranked(arms, steps_lora=staged))
+    assert effects is not None and effects.levels[0] == ("last-6", "all")
+    assert effects.first.estimate.mean == pytest.approx(0.11)
+
+
 # --- domains ------------------------------------------------------------------------------------------------------
 
 

@@ -42,6 +42,7 @@ def test_every_value_has_its_origin(plan: str) -> None:
 def test_the_rows_add_up_to_the_counts(plan: str) -> None:
     """Trained parameters of all rules are the total; packs, batch and steps with their arithmetic, packed and not."""
     rows = [line.split() for line in plan.splitlines() if re.match(r"(vision|aligner|llm) +(full|lora|frozen) ", line)]
+    assert "stages " not in plan
     numbers = {(row[0], row[1]): int(row[3].replace(",", "")) for row in rows}
     assert numbers["vision", "full"] + numbers["aligner", "full"] + numbers["llm", "lora"] == trainable(plan)
     assert "40 samples in 5 packs of at most 1408 tokens in the first epoch: 8.0 samples a pack" in plan
@@ -57,6 +58,15 @@ def trainable(plan: str) -> int:
     """The total that the plan states."""
     (line,) = [line for line in plan.splitlines() if line.startswith("trainable ")]
     return int(line.split()[1].replace(",", ""))
+
+
+def test_stages_are_printed_with_their_steps_blocks_and_warm_up() -> None:
+    """Of a curriculum; a plan of one stage has no such lines."""
+    text = printed("progressive_lora", custom__digits__train="40", training__max_steps="30")
+    assert "stages           steps 1-10: vision blocks 22-23\n" in text
+    assert "steps 11-20: vision blocks 20-23; 20-21 new, with 4 steps of warm-up\n" in text
+    assert "steps 21-30: vision blocks 18-23; 18-19 new, with 2 steps of warm-up\n" in text
+    assert "of which 6 warm-up" in text and "30 in all" in text
 
 
 def test_records_left_out_are_counted(tmp_path: Path) -> None:
