@@ -1,6 +1,5 @@
 """Where a study is kept: one address, a database that all workers reach, and a lock that one of them has at a time."""
 
-import hashlib
 import threading
 import warnings
 from collections.abc import Iterator
@@ -22,11 +21,10 @@ from trainer.errors import ConfigError, UserError, reason_of
 
 OUTAGES = (StorageInternalError, OperationalError, InterfaceError, OSError)
 """What a database that has gone away raises, directly or through Optuna."""
-_LOCKS = {
-    "postgresql": ("SELECT pg_advisory_lock(:key)", "SELECT pg_advisory_unlock(:key)"),
-    "mysql": ("SELECT GET_LOCK(:key, -1)", "SELECT RELEASE_LOCK(:key)"),
-}
-"""They end with the connection, so with the process that has taken them."""
+_TAKE, _GIVE = "SELECT pg_advisory_lock(:key)", "SELECT pg_advisory_unlock(:key)"
+"""PostgreSQL's lock ends with its connection, so with the process that has taken it."""
+_KEY = {"key": int.from_bytes(b"sweep", "big")}
+"""One for all studies of a database: whoever comes first also makes its tables."""
 _SQLITE_SECONDS = 60.0
 """How long a statement waits for another process that writes."""
 MAX_RETRIES = 3
@@ -54,10 +52,10 @@ class Storage:
             self._kind = urlsplit(url).scheme.partition("+")[0]
         except ValueError:
             self._kind = ""
-        if self._kind not in ("sqlite", *_LOCKS) or (self._kind == "sqlite" and not sqlite_file(url).name):
+        if self._kind not in ("sqlite", "postgresql") or (self._kind == "sqlite" and not sqlite_file(url).name):
             raise ConfigError(
                 "--storage", without_password(url) if self._kind else "no address",
-                "sqlite:///FILE (one machine), postgresql+psycopg2://USER@HOST/DATABASE, or mysql+…",
+                "sqlite:///FILE (one machine), or postgresql+psycopg2://USER@HOST/DATABASE",
                 "give the address of a database, or leave it out: a file in the sweep's folder",
             )  # fmt: skip
 
@@ -98,16 +96,14 @@ class Storage:
             with FileLock(file.with_name(file.name + ".lock")):
                 yield
             return
-        take, give = (sqlalchemy.text(statement) for statement in _LOCKS[self._kind])
         engine = sqlalchemy.create_engine(self.url, poolclass=NullPool)
-        key = {"key": _number(self.name) if self._kind == "postgresql" else f"sweep-{_number(self.name)}"}
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.execute(take, key)
+            connection.execute(sqlalchemy.text(_TAKE), _KEY)
             try:
                 yield
             finally:
                 with suppress(SQLAlchemyError):  # the lock ends with the connection
-                    connection.execute(give, key)
+                    connection.execute(sqlalchemy.text(_GIVE), _KEY)
 
     def open(self) -> optuna.storages.RDBStorage:
         """Optuna's view of it; its tables are made where there are none, so only one worker at a time may be here.
@@ -195,11 +191,6 @@ def default_url(folder: Path) -> str:
         folder: of the sweep.
     """
     return f"sqlite:///{folder.resolve()}/study.db"
-
-
-def _number(name: str) -> int:
-    """A study's name as a number of 63 bits, which is what PostgreSQL takes as the name of a lock."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
 def _root(error: BaseException) -> Exception:
