@@ -89,6 +89,12 @@ def test_thresholds_are_the_users() -> None:
     assert verdicts(losses, rule=Rule(margin=0.2))["b"] == "equivalent"
 
 
+def test_every_rung_of_the_rule_falls_on_an_evaluation() -> None:
+    """Of nine, on the second, fourth and sixth: the first has the two that its loss is made of."""
+    assert RULE.evaluations == 9
+    assert [rung * RULE.evaluations for rung in RULE.rungs] == pytest.approx([2, 4, 6])
+
+
 @pytest.mark.parametrize(
     ("thresholds", "word"),
     [
