@@ -22,8 +22,6 @@ from trainer.runs import Busy, held
 COURSE, RUNGS = "halving_course", "halving_rungs"
 """What a comparison knows of its halving: where its rungs are, and what was decided at each."""
 ARTIFACT = "halving.json"
-_EVALUATIONS = 8
-"""Of a run, at least: at the first rung, a quarter of the way, there must be two."""
 
 
 def length(entered: Entered) -> tuple[int, int, int]:
@@ -52,7 +50,7 @@ def course(asked: Asked, rule: Rule) -> dict[str, Any]:
     lengths = [length(entered) for entered in asked.arms]
     total = min(samples for _, samples, _ in lengths)
     given = [entered.resolved.config.training.eval_samples for entered in asked.arms]
-    evaluations = max(_EVALUATIONS, *(math.ceil(total / between) for _, _, between in lengths))
+    evaluations = max(rule.evaluations, *(math.ceil(total / between) for _, _, between in lengths))
     every = min((n for n in given if n), default=max(1, total // evaluations))
     rungs = [every * max(2, round(share * total / every)) for share in rule.rungs]
     return {"total": total, "every": every, "rungs": rungs}
