@@ -89,7 +89,7 @@ def test_a_dry_run_tells_arms_commands_and_hours_where_they_are_known(
 
 @pytest.mark.slow
 def test_after_sigkill_the_same_command_goes_on_exactly(tmp_path: Path) -> None:
-    """The whole is killed with runs on their way: they end by themselves, and all numbers are as if nothing had been."""
+    """The whole is killed with runs on their way: they end by themselves, and no number is another for it."""
     left_alone, killed = tmp_path / "left_alone", tmp_path / "killed"
     longer = LEAST | {"custom.digits.train": "32", "training.eval_steps": "2", "training.logging_steps": "1"}
     command = [*TWO, "--max_steps", "12", *flags(longer)]

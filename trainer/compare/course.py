@@ -29,6 +29,7 @@ def compare(asked: Asked, store: Store) -> Path:
         parent.join(over[1], store)
         print((over[0] / conclusion.RANKING).read_text(encoding="utf-8"), end="")
         return over[0]
+    asked.room(len(asked.arms) * len(asked.seeds))  # before anything is begun: more at once than there are GPUs
     with parent.opened(
         asked.output_dir, asked.identity(), store, title=f"comparison of {', '.join(asked.names)}"
     ) as of:
