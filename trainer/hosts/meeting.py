@@ -161,6 +161,8 @@ class First(Meeting):
 
     def end(self, status: int, reason: str) -> None:
         """Tell all; see `Meeting.end`."""
+        with suppress(OSError):
+            self._door.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits there: only then is the port free
         self._door.close()
         with self._news:
             links = list(self._links.values())
