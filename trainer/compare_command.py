@@ -12,6 +12,7 @@ from trainer.errors import ConfigError
 from trainer.options import EXTRA, closes_mlflows_run, is_true, overrides, quiet_libraries, tell
 
 STRATEGIES, SEEDS = "last6_lora,last6_full,all_lora,all_full,frozen_vision", "17,18,19"
+_OF_ALL = ("model", "train_jsonl", "val_jsonl", "max_steps")
 _POLICIES, _TRIALS = ("full", "halving"), ("0", "3", "5")
 
 _EPILOG = """
@@ -56,19 +57,22 @@ def compare(context: click.Context, /, strategies: str, seeds: str, dry_run: str
     from trainer.compare.arms import enter, parse_arms, parse_seeds
     from trainer.compare.asked import Asked
 
-    common = {key: given[key] for key in ("model", "train_jsonl", "val_jsonl", "max_steps") if given[key]}
-    for key, value in overrides(context.args).items():
+    common = {SHORT_NAMES[key]: given[key] for key in _OF_ALL if given[key]}
+    for name, value in overrides(context.args).items():
+        key = SHORT_NAMES.get(name, name)
         if key in common:
-            raise ConfigError(f"-P {key}", "it twice", "once", "leave one out")
+            raise ConfigError(f"-P {name}", f"{key} given twice", "one of them", "leave one out")
         common[key] = value
-    common = {SHORT_NAMES.get(key, key): value for key, value in common.items()}
+    if given["policy"] == "halving" and "training.eval_steps" in common:
+        told = "evaluation by optimizer steps, which are not equal work for arms that accumulate differently"
+        raise ConfigError("-P training.eval_steps", told, "training.eval_samples", "give that one, or none of them")
     wanted, profile = parse_seeds(seeds or SEEDS), given["profile"] or None
     arms = enter(parse_arms(strategies or STRATEGIES), wanted[0], profile, common)
     asked = Asked(
         arms, wanted, profile, common, Path(given["output_dir"] or "output"),
         policy=_one_of("policy", given["policy"] or "full", _POLICIES),
         tune=int(_one_of("tune", given["tune"] or "0", _TRIALS)),
-        margin=_share("margin", given["margin"] or "0.01"), error=_share("error", given["error"] or "0.05"),
+        margin=_share("margin", given["margin"] or "0.01"), error=_share("error", given["error"] or "0.05", 0.5),
         jobs=_count("jobs", given["jobs"]), gpus=_gpus(common.get("launch.gpus")),
     )  # fmt: skip
     for resolved in {entered.resolved.path: entered.resolved for entered in arms}.values():
@@ -99,13 +103,13 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def _share(name: str, text: str) -> float:
+def _share(name: str, text: str, below: float = 1.0) -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 < value < 1:
-        raise ConfigError(name, repr(text)[:80], "a number between 0 and 1", "for instance 0.01")
+    if not 0 < value < below:
+        raise ConfigError(name, repr(text)[:80], f"a number between 0 and {below:g}", "for instance 0.01")
     return value
 
 

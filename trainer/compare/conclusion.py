@@ -13,7 +13,7 @@ from trainer.compare.stage import ARM
 from trainer.runs import SPOOL
 from trainer.spool import entries, position_of
 
-REPORT, RANKING, LOG = "report", "ranking.md", "report.log"
+REPORT, RANKING, LOG = "report", "ranking.txt", "report.log"
 
 
 def where(parent: str) -> str:
@@ -21,28 +21,30 @@ def where(parent: str) -> str:
     return f"tags.mlflow.parentRunId = '{parent}' AND tags.{names.TAG_ROLE} = '{ARM}'"
 
 
-def rank(parent: str) -> bool:
-    """Rank on the terminal what lies below a parent; whether that could be done."""
-    sys.stdout.flush()
-    return _analysis("rank", parent).returncode == 0
-
-
-def write(of: Parent) -> bool:
-    """Write ranking, report and figures beside the runs, and as artifacts of the parent; whether that could be done."""
-    with (of.path / LOG).open("w", encoding="utf-8") as log, (of.path / RANKING).open("w", encoding="utf-8") as out:
-        ranked = _analysis("rank", of.run_id, "--format", "markdown", out=out, errors=log)
-        told = _analysis("report", of.run_id, "--out", str(of.path / REPORT), out=log, errors=log)
+def rank(of: Parent) -> str:
+    """The ranking of what has come to its end, as a table for a terminal; empty where there is none, see the log."""
+    with (of.path / LOG).open("w", encoding="utf-8") as log:
+        done = _analysis("rank", of.run_id, out=subprocess.PIPE, errors=log)
+    if done.returncode:
+        return ""
+    (of.path / RANKING).write_text(done.stdout, encoding="utf-8")
     of.tracker.file(of.path / RANKING)
-    return ranked.returncode == told.returncode == 0
+    return done.stdout
+
+
+def report(of: Parent) -> bool:
+    """Write the report with its figures beside the runs, and as artifacts of the parent; whether that could be done."""
+    with (of.path / LOG).open("a", encoding="utf-8") as log:
+        return _analysis("report", of.run_id, "--out", str(of.path / REPORT), out=log, errors=log).returncode == 0
 
 
 def _analysis(
-    command: str, parent: str, *arguments: str, out: IO[str] | None = None, errors: IO[str] | None = None
-) -> subprocess.CompletedProcess[bytes]:
+    command: str, parent: str, *arguments: str, out: int | IO[str], errors: IO[str]
+) -> subprocess.CompletedProcess[str]:
     """A command of the analysis, in the store of this process; it may not take the run that MLflow has made for us."""
     told = [sys.executable, "-m", "analysis", command, "--where", where(parent), "--by", names.EVAL_LOSS, *arguments]
     kept = {key: value for key, value in os.environ.items() if key != "MLFLOW_RUN_ID"}
-    return subprocess.run(told, env=kept, stdout=out, stderr=errors, check=False)
+    return subprocess.run(told, env=kept, stdout=out, stderr=errors, check=False, encoding="utf-8")
 
 
 def deliver(runs: Sequence[Path]) -> list[str]:

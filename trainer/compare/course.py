@@ -1,6 +1,6 @@
 """The course of a comparison: learning rates first where that is wanted, all arms on all seeds, and the conclusion."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -8,15 +8,12 @@ from rich.console import Console
 from trainer import names
 from trainer.addresses import Store
 from trainer.compare import conclusion, parent, tuning
-from trainer.compare.asked import Asked
-from trainer.compare.children import Job, standing
+from trainer.compare.asked import HALVING, Asked
+from trainer.compare.children import standing
 from trainer.compare.description import kind_of, of_comparison
 from trainer.compare.jobs import Ended
 from trainer.compare.parent import Parent
-from trainer.compare.stage import Failed, is_over, job_of, missing, run_stage, told
-
-Jobs = Mapping[tuple[str, int], Job]
-"""(arm, seed) -> its run."""
+from trainer.compare.stage import Failed, Jobs, is_over, job_of, missing, run_stage, told
 
 
 def compare(asked: Asked, store: Store) -> Path:
@@ -30,8 +27,9 @@ def compare(asked: Asked, store: Store) -> Path:
     if over := parent.finished(asked.output_dir, asked.identity(), store):
         console.print(f"this comparison is finished, its folder is {over[0]}", markup=False)
         parent.join(over[1], store)
-        conclusion.rank(over[1])
+        print((over[0] / conclusion.RANKING).read_text(encoding="utf-8"), end="")
         return over[0]
+    asked.room(len(asked.arms) * len(asked.seeds))  # before anything is begun: more at once than there are GPUs
     with parent.opened(
         asked.output_dir, asked.identity(), store, title=f"comparison of {', '.join(asked.names)}"
     ) as of:
@@ -41,7 +39,12 @@ def compare(asked: Asked, store: Store) -> Path:
         jobs = {
             (entered.arm.name, seed): job_of(entered, seed, asked, of) for seed in asked.seeds for entered in asked.arms
         }
-        failed = run_stage(missing([*jobs.values()]), asked, of, console, what="runs", total=len(jobs))
+        if asked.policy == HALVING:
+            from trainer.compare.rungs import halve  # the analysis, and torch
+
+            failed = halve(jobs, asked, of, console)
+        else:
+            failed = run_stage(missing([*jobs.values()]), asked, of, console, what="runs", total=len(jobs))
         conclude(jobs, asked, of, console, failed)
         return of.path
 
@@ -57,10 +60,12 @@ def conclude(jobs: Jobs, asked: Asked, of: Parent, console: Console, failed: Seq
     for line in (*left, *notices):
         console.print(line, markup=False)
     of.tracker.description(of_comparison(asked, of, jobs, notices))
-    ranked = any(is_over(standing(job.folder)) for job in jobs.values()) and conclusion.rank(of.run_id)
+    done = {arm for (arm, _), job in jobs.items() if is_over(standing(job.folder))}
+    ranking = conclusion.rank(of) if len(done) > 1 or (done and not failed) else ""
+    print(ranking, end="")
     if failed:
         raise Failed(told(failed, len(jobs)))
-    if not ranked or not conclusion.write(of):
+    if not ranking or not conclusion.report(of):
         raise Failed(f"all runs are done, and the report on them could not be written: see {of.path / conclusion.LOG}")
     console.print(kind_of(asked).replace("**", ""), markup=False)
     console.print(f"report: {of.path / conclusion.REPORT}, and artifacts of run {of.run_id}", markup=False)

@@ -118,7 +118,8 @@ class Board:
         self.stands_at(self._done + (ended.status == 0))
         last = ended.standing.evaluations[-1:]
         loss = f"  eval {last[0].loss:.4f} at step {last[0].step}" if last else ""
-        what = "done" if ended.status == 0 else f"FAILED with status {ended.status}, see {ended.job.log}"
+        well = "paused" if ended.standing.state == "paused" else "done"
+        what = well if ended.status == 0 else f"FAILED with status {ended.status}, see {ended.job.log}"
         self.say(f"[{self._done}/{self._total}] {ended.job.name} {what}{loss}")
 
     def say(self, text: str) -> None:

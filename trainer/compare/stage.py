@@ -1,7 +1,7 @@
 """One stage of a comparison: which of its runs are still missing, all of them, and what has failed."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
@@ -12,6 +12,8 @@ from trainer.compare.children import Job, Standing, standing
 from trainer.compare.jobs import Board, Ended, run_all
 from trainer.compare.parent import Parent
 
+Jobs = Mapping[tuple[str, int], Job]
+"""(arm, seed) -> its run."""
 ARM, TRIAL = "arm", "trial"
 """Values of the tag `comparison.role`, beside `parent`."""
 RATES_TRIED = "rates_tried"
