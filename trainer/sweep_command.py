@@ -128,7 +128,7 @@ def _show_plan(plan: "Plan") -> None:
 
 
 def _table(header: "Sequence[str]", rows: "Sequence[Sequence[str]]") -> Table:
-    table = Table(*header)
+    table = Table(*(name.rpartition(".")[2] for name in header))
     for row in rows:
         table.add_row(*row)
     return table
