@@ -94,7 +94,7 @@ class ServerProcess:
         process, self._process = self._process, None
         with suppress(ProcessLookupError):  # it has ended by itself
             os.killpg(process.pid, self.stop_signal)
-        process.wait(30)
+        process.wait(200)
         deadline = time.monotonic() + 10
         while listens(self.port) and time.monotonic() < deadline:  # its children may take a moment longer
             time.sleep(0.02)

@@ -193,7 +193,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stopped]:
                 for number in SIGNALS[kind]:
                     process.send_signal(number)
                     time.sleep(0.03)
-                _, rest = process.communicate(timeout=60)
+                _, rest = process.communicate(timeout=200)
             finally:
                 process.kill()
             (run,) = runs_in(stores[kind])

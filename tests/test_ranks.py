@@ -225,10 +225,10 @@ def test_ctrl_c_ends_all_ranks_and_closes_the_run_as_killed(tmp_path: Path) -> N
     process = start_trainer("run", "frozen_vision", *flags(endless), cwd=tmp_path, store=store)
     wait_for(process, "step      2/100000  train")
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130
+    assert process.wait(200) == 130
     (run,) = runs_in(store)
     assert run.info.status == "KILLED"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
         time.sleep(0.2)
     assert not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout
@@ -263,7 +263,7 @@ def test_ranks_that_are_killed_end_the_run_that_mlflow_made_and_keep_its_descrip
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     for rank in ranks:
         os.kill(int(rank), signal.SIGKILL)
-    assert process.wait(60) == 137
+    assert process.wait(200) == 137
     run = client.get_run(made)
     assert run.info.status == "KILLED"
     assert run.data.tags["mlflow.note.content"].startswith("**frozen_vision**")

@@ -84,7 +84,7 @@ class Team:
         """What a program writes that a user runs, without a terminal to ask for passwords."""
         variables = environment(self.server.uri, **self.login(user), MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
         done = subprocess.run(
-            command, env=variables, input=given, capture_output=True, text=True, start_new_session=True, timeout=60
+            command, env=variables, input=given, capture_output=True, text=True, start_new_session=True, timeout=240
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -103,7 +103,7 @@ class Team:
     def status(self, path: str, user: str = "", password: str = "", method: str = "GET", **headers: str) -> int:
         """The HTTP status of one request."""
         auth = (user, password) if user else None
-        answer = requests.request(method, f"{self.server.uri}{path}", auth=auth, headers=headers, timeout=30)
+        answer = requests.request(method, f"{self.server.uri}{path}", auth=auth, headers=headers, timeout=120)
         return answer.status_code
 
 
@@ -120,7 +120,7 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
         for user in set(PASSWORDS) - {"ann"}:
             account = {"username": user, "password": PASSWORDS[user]}
             address, login = f"{server.uri}/api/2.0/mlflow/users/create", ("admin", team.secrets[ADMIN])
-            requests.post(address, json=account, auth=login, timeout=30).raise_for_status()
+            requests.post(address, json=account, auth=login, timeout=120).raise_for_status()
         yield team
 
 
@@ -166,7 +166,7 @@ def test_nobody_writes_without_the_right_login(team: Team, method: str, path: st
 def test_what_is_open_to_everybody_tells_nothing_of_runs(team: Team, shared: str) -> None:
     """The page names all of it."""
     for path in ("/health", "/api/3.0/mlflow/server-info", "/static-files/index.html"):
-        answer = requests.get(f"{team.server.uri}{path}", timeout=30)
+        answer = requests.get(f"{team.server.uri}{path}", timeout=120)
         assert answer.status_code == 200
         assert shared not in answer.text and path.replace("index.html", "") in answer.url
     assert "the UI's own scripts" in (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
@@ -246,8 +246,8 @@ def test_users_change_their_own_password(team: Team) -> None:
     assert team.status(SEARCH, "zoe", "another-password") == 200
     change = {"username": "zoe", "password": "a-third-password", "current_password": "a-wrong-password"}
     address = f"{team.server.uri}/api/2.0/mlflow/users/update-password"
-    assert not requests.patch(address, json=change, auth=("zoe", "another-password"), timeout=30).ok
-    assert requests.patch(address, json=change, auth=("bob", PASSWORDS["bob"]), timeout=30).status_code == 403
+    assert not requests.patch(address, json=change, auth=("zoe", "another-password"), timeout=120).ok
+    assert requests.patch(address, json=change, auth=("bob", PASSWORDS["bob"]), timeout=120).status_code == 403
     assert team.status(SEARCH, "zoe", "a-third-password") == 401
 
 

@@ -121,7 +121,7 @@ def test_two_ranks_under_zero2_killed_at_random_and_resumed_are_bit_identical(tm
             process.kill()
         else:
             os.kill(int(draw.choice(ranks)), signal.SIGKILL)
-        process.communicate(timeout=120)
+        process.communicate(timeout=240)
         fell[f"{whom}, after the line of step {step}"] += 1
         resumed = trainer(*TWO_RANKS, cwd=folder, store=store)
         assert resumed.returncode == 0, (number, step, whom, resumed.stderr)

@@ -84,7 +84,7 @@ def test_pass_changes_nothing(proxy: FaultProxy, server: Server) -> None:
     large = bytes(range(256)) * 40_000
     with requests.Session() as session:
         for body in (b"", b"a job", large, iter([b"in ", large])):
-            assert session.post(f"{proxy.uri}/jobs", data=body, timeout=5).content == ANSWER
+            assert session.post(f"{proxy.uri}/jobs", data=body, timeout=60).content == ANSWER
     assert server.done == [b"", b"a job", large, b"in " + large]
     assert proxy.counts == {Mode.PASS: 4}
     assert proxy.requests[0].line == "POST /jobs HTTP/1.1"
@@ -155,7 +155,7 @@ def test_closing_the_proxy_ends_what_hangs(server: Server) -> None:
         while not proxy.requests:
             time.sleep(0.01)
         assert client.is_alive()
-    client.join(5)
+    client.join(60)
     assert len(ended) == 1
 
 
@@ -164,10 +164,10 @@ def test_delay_answers_late(proxy: FaultProxy, server: Server) -> None:
     proxy.set(Mode.DELAY, seconds=0.4)
     began = time.monotonic()
     assert ask(proxy).content == ANSWER
-    assert 0.4 <= time.monotonic() - began < 3
+    assert 0.4 <= time.monotonic() - began < 30
     with pytest.raises(requests.ReadTimeout):
         ask(proxy, b"late", timeout=0.1)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while len(server.done) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert server.done == [b"a job", b"late"] and proxy.counts == {Mode.DELAY: 2}
@@ -219,9 +219,9 @@ def test_a_mode_counts_from_the_next_request_on_whatever_the_client_keeps_open(
 ) -> None:
     """A session would use its connection again, and the old mode with it."""
     with requests.Session() as session:
-        assert session.post(proxy.uri, data=b"first", timeout=5).ok
+        assert session.post(proxy.uri, data=b"first", timeout=60).ok
         proxy.set(Mode.ERROR, status=500)
-        assert session.post(proxy.uri, data=b"second", timeout=5).status_code == 500
+        assert session.post(proxy.uri, data=b"second", timeout=60).status_code == 500
     assert server.done == [b"first"]
 
 
@@ -260,7 +260,7 @@ def test_many_clients_at_once(proxy: FaultProxy, server: Server) -> None:
     for client in clients:
         client.start()
     for client in clients:
-        client.join(10)
+        client.join(60)
     assert sorted(server.done, key=int) == [b"%d" % number for number in range(40)]
     assert proxy.counts == {Mode.PASS: 40}
 

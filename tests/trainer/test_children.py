@@ -95,7 +95,7 @@ def test_a_child_writes_to_its_log_and_ends_with_its_status(tmp_path: Path) -> N
     job = stand_in(tmp_path, "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)")
     for _ in range(2):
         child = Child(job, threads=1)
-        assert child.wait(60) == 3
+        assert child.wait(200) == 3
     assert sorted(job.log.read_text().split()) == ["err", "err", "out", "out"]
 
 
@@ -105,7 +105,7 @@ def test_a_child_that_is_asked_to_end_ends_as_signals_do(tmp_path: Path) -> None
     child = Child(job, threads=1)
     wait_until_up(job)
     child.ask_to_end()
-    assert child.wait(60) == 143
+    assert child.wait(200) == 143
 
 
 def test_a_child_that_does_not_listen_is_killed(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ run_all(jobs, room_for(2, ranks=1, gpus=[], runs=2), Board(2))
     pids = [child.pid for child in psutil.Process(whole.pid).children()]
     assert len(pids) == 2
     os.kill(whole.pid, number)
-    whole.wait(60)
+    whole.wait(200)
     until = time.monotonic() + 60
     while any(is_alive(pid) for pid in pids):
         assert time.monotonic() < until

@@ -113,7 +113,7 @@ def test_a_process_notices_that_the_one_it_works_for_has_died(tmp_path: Path) ->
         wait_until((tmp_path / "up").exists)
     finally:
         parent.kill()
-        parent.wait(10)
+        parent.wait(200)
     wait_until((tmp_path / "ended").exists)
     assert (tmp_path / "ended").read_text() == "143"
 
