@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -62,6 +63,8 @@ def start(config: Launch, hosts: Hosts, arguments: Sequence[str]) -> Ended:
     launch.refuse_more_than_gpus(hosts.slots, "launch.hosts" if config.hosts else "launch.nproc")
     if len(hosts.all) > 1:
         network.use(config.interface, hosts.first)
+        here = f"{hosts.slots} of {hosts.ranks} ranks here"
+        print(f"host {hosts.rank} of {len(hosts.all)}, {here}; waiting for the others", file=sys.stderr)
     os.environ.setdefault("OMP_NUM_THREADS", str(launch.threads(hosts.slots)))
     names = [host.name for host in hosts.all]
     port = config.port if len(names) > 1 else 0
