@@ -168,6 +168,8 @@ def _status() -> int:
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - told in full, and by the status
         if launch.is_rank() and launch.is_of_another(error):
+            if launch.is_first():
+                click.echo("interrupted by the end of another rank", err=True)
             return EXIT_ENDED
         _let_the_first_rank_speak()  # most likely it was an error of its own that broke what this rank waited for
         traceback.print_exc()
