@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "show_cost": ("cost.*", "estimate"),
     "collector": (),
     "launch": ("errors", "hosts.network", "hosts.scheduler", "signals"),
+    "processes": ("config.schema", "hosts.elastic", "launch", "sync"),
     "hosts.agreement": ("config.*", "errors", "launch", "provenance", "runs"),
     "hosts.elastic": ("config.*", "errors", "hosts.*", "launch", "signals"),
     "hosts.rounds": ("hosts.*", "launch"),

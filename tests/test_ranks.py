@@ -146,7 +146,9 @@ def _on_two_hosts(folder: Path, store: str, settings: dict[str, str]) -> "subpro
         home.mkdir()
     commands = [("run", "last6_full", *flags(settings | {"launch.host_rank": str(rank)})) for rank in (0, 1)]
     with ThreadPoolExecutor() as pool:
-        first, second = pool.map(lambda command, home: trainer(*command, cwd=home, store=store), commands, homes)
+        first, second = pool.map(
+            lambda command, home: trainer(*command, cwd=home, store=store, timeout=900), commands, homes
+        )
     assert second.returncode == first.returncode, second.stderr
     assert list(homes[0].glob("output/*/best")) and list(homes[1].iterdir()) == [] and second.stdout == ""
     return first

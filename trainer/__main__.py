@@ -11,7 +11,6 @@ import click
 
 from trainer import collector, launch, redact
 from trainer.commands import COMMANDS
-from trainer.config.resolved import Resolved
 from trainer.errors import Interrupted, Paused, TrainingStopped, UserError
 from trainer.options import (
     EXTRA,
@@ -24,10 +23,11 @@ from trainer.options import (
     resume_options,
     tell,
 )
+from trainer.processes import to_their_end
 from trainer.redact import RedactedStream
 from trainer.signals import SIGNALS, end_with_parent, is_started_by_us
 
-EXIT_ERROR, EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED, EXIT_ENDED = 1, 2, 3, 130, 143
+EXIT_ERROR, EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 _LET_SPEAK_SECONDS = 5.0
 
@@ -56,8 +56,9 @@ def run(
     resolved = resolve(context, config, profile, short, resume=resume)
     drift, asked = is_true("--allow-drift", allow_drift), resolved.config.launch
     if (asked.ranks > 1 or asked.restarts or asked.hosts) and not launch.is_rank():
-        _run_ranks(resolved)  # the first of them looks whether the store is there
-        return
+        if status := to_their_end(asked, sys.argv[1:], Path(resolved.config.training.output_dir)):
+            raise SystemExit(status)
+        return  # the first of them has looked whether the store is there
     with collector.at_rest():  # MLflow and torch, only when the configuration is known to be right
         quiet_libraries()
         store = None
@@ -78,29 +79,6 @@ def run(
     outcome = root.run(resolved, logs_to=store, resume_from=resume, allow_drift=drift, pause_after=pause_after_samples)
     if launch.is_first():
         show_outcome(outcome)
-
-
-def _run_ranks(resolved: Resolved) -> None:
-    """Train on several ranks; where they died without a word, the run is closed for them."""
-    asked, first = resolved.config.launch, True
-    if asked.hosts or asked.restarts:
-        from trainer.hosts import elastic  # torch, which a launcher of ranks on one machine does without
-
-        hosts = elastic.hosts_of(asked)
-        ended, first = elastic.start(asked, hosts, sys.argv[1:]), hosts.rank == 0
-        status = ended.status
-        if ended.reason:
-            again = "; the same command, on all hosts, goes on" if status == EXIT_ENDED else ""
-            click.echo(f"ended with status {status}: {ended.reason}{again}", err=True)
-    else:
-        status = launch.start(asked.ranks, sys.argv[1:])
-    if status and first:
-        from trainer.sync import close_dead
-
-        for line in close_dead(Path(resolved.config.training.output_dir)):
-            click.echo(line, err=True)
-    if status:
-        raise SystemExit(status)
 
 
 @cli.command(context_settings=EXTRA, epilog=OVERRIDES_HELP)

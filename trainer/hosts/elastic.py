@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -20,7 +21,7 @@ from trainer.hosts.meeting import Meeting, Place, meeting_of
 from trainer.hosts.rounds import BACKEND, Rounds
 from trainer.signals import pass_on
 
-_MISTAKE, _STOPPED, _BROKEN, _INTERRUPTED = 2, 3, 1, 143
+_MISTAKE, _STOPPED, _BROKEN, INTERRUPTED = 2, 3, 1, 143
 """Exit statuses of ranks; after the first two, another start would end in the same way."""
 _STUCK_SECONDS = 90.0
 """What torch's agent has to notice that a host is gone, and to end its ranks, before this process ends without it."""
@@ -62,6 +63,8 @@ def start(config: Launch, hosts: Hosts, arguments: Sequence[str]) -> Ended:
     launch.refuse_more_than_gpus(hosts.slots, "launch.hosts" if config.hosts else "launch.nproc")
     if len(hosts.all) > 1:
         network.use(config.interface, hosts.first)
+        here = f"{hosts.slots} of {hosts.ranks} ranks here"
+        print(f"host {hosts.rank} of {len(hosts.all)}, {here}; waiting for the others", file=sys.stderr)
     os.environ.setdefault("OMP_NUM_THREADS", str(launch.threads(hosts.slots)))
     names = [host.name for host in hosts.all]
     port = config.port if len(names) > 1 else 0
@@ -77,7 +80,7 @@ def start(config: Launch, hosts: Hosts, arguments: Sequence[str]) -> Ended:
         status, reason = _MISTAKE, f"{names[hosts.rank]} has ended with a mistake that it tells"
         raise
     except (KeyboardInterrupt, SystemExit):
-        status, reason = _INTERRUPTED, f"{names[hosts.rank]} was asked to end"
+        status, reason = INTERRUPTED, f"{names[hosts.rank]} was asked to end"
         raise
     finally:
         meeting.end(status, reason)
@@ -129,10 +132,10 @@ def _ended(failed: str, statuses: set[int], meeting: Meeting) -> Ended:
         meeting.wait_for_end(_LAST_WORD_SECONDS if failed else 0)
     if meeting.over is not None:
         final = meeting.over.status in (_MISTAKE, _STOPPED)
-        return Ended(meeting.over.status if final else _INTERRUPTED, meeting.over.reason)
+        return Ended(meeting.over.status if final else INTERRUPTED, meeting.over.reason)
     if not failed:
         return Ended(0, "")
-    return Ended(_BROKEN, "") if _BROKEN in statuses else Ended(_INTERRUPTED, failed)
+    return Ended(_BROKEN, "") if _BROKEN in statuses else Ended(INTERRUPTED, failed)
 
 
 def _statuses(folder: Path) -> set[int]:
@@ -175,7 +178,7 @@ def _watched(meeting: Meeting, rounds: Rounds) -> Iterator[None]:
             elif time.monotonic() - since > _STUCK_SECONDS:
                 os.write(2, f"{meeting.changed}; the same command goes on from the newest resume point\n".encode())
                 pass_on(signal.SIGKILL)
-                os._exit(_INTERRUPTED)
+                os._exit(INTERRUPTED)
 
     threading.Thread(target=watch, name="watch", daemon=True).start()
     try:

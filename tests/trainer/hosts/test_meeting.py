@@ -1,7 +1,7 @@
 """How launchers of several hosts meet: rounds that all begin together, a host that is gone, and how it has ended."""
 
+import json
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -10,7 +10,7 @@ import pytest
 
 from trainer.errors import ConfigError
 from trainer.hosts.agreement import Said, compare
-from trainer.hosts.link import Link
+from trainer.hosts.link import Link, Message
 from trainer.hosts.meeting import First, Meeting, NoMeeting, Other, Place, Round
 from trainer.hosts.rounds import Rounds
 
@@ -129,17 +129,24 @@ def test_a_line_that_is_cut_is_noticed_by_its_silence() -> None:
         link.close()
 
 
-def test_signs_of_life_keep_a_silent_line_open() -> None:
-    """Two ends that have nothing to say for longer than the limit."""
-    ends = [Link(end, silence=2.0) for end in ends_of_a_line()]
-    gone, heard = threading.Event(), threading.Event()
-    for end in ends:
-        end.listen(lambda _: heard.set(), lambda _: gone.set())
-    assert not gone.wait(3.0)
-    ends[0].send({"ready": True})
-    assert heard.wait(LONG)
-    for end in ends:
-        end.close()
+def test_signs_of_life_are_sent_and_are_no_messages() -> None:
+    """Several within the time after which silence means the end; whoever hears them is told nothing."""
+    ours, theirs = ends_of_a_line()
+    link, heard = Link(ours, silence=1.0), Future[Message]()
+    link.listen(heard.set_result, lambda _: None)
+    with theirs:
+        theirs.settimeout(LONG)
+        signs = theirs.makefile("rb")
+        assert [json.loads(signs.readline()) for _ in range(3)] == [{"alive": True}] * 3
+    link.close()
+
+    ours, theirs = ends_of_a_line()
+    link = Link(ours, silence=LONG)
+    link.listen(heard.set_result, lambda _: None)
+    with theirs:
+        theirs.sendall(b'{"alive": true}\n{"alive": true}\n{"ready": true}\n')
+        assert heard.result(LONG) == {"ready": True}
+    link.close()
 
 
 @pytest.mark.parametrize("speaks", [0, 1])
