@@ -20,7 +20,7 @@ _EPILOG = """
 \b
 python -m trainer sweep vit_lr                      a file in experiments/sweeps/, or a path
 python -m trainer sweep vit_lr --seeds 17 --jobs 1  one seed, one run at a time
-python -m trainer sweep vit_lr --storage postgresql+psycopg2://me@db/sweeps
+python -m trainer sweep vit_lr --storage postgresql+psycopg2://db/sweeps
                                                     on as many machines as you like, at the same time
 
 Any key can be set for all points: --training.num_train_epochs 2. The same command goes on with a sweep that was

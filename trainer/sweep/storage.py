@@ -49,13 +49,12 @@ class Storage:
         """
         self.url, self.name, self.grace_seconds = url, name, grace_seconds
         try:
-            self._kind = urlsplit(url).scheme.partition("+")[0]
+            self._kind, told = urlsplit(url).scheme.partition("+")[0], without_password(url)
         except ValueError:
-            self._kind = ""
+            self._kind, told = "", "no address"
         if self._kind not in ("sqlite", "postgresql") or (self._kind == "sqlite" and not sqlite_file(url).name):
             raise ConfigError(
-                "--storage", without_password(url) if self._kind else "no address",
-                "sqlite:///FILE (one machine), or postgresql+psycopg2://USER@HOST/DATABASE",
+                "--storage", told, "sqlite:///FILE (one machine), or postgresql+psycopg2://HOST/DATABASE",
                 "give the address of a database, or leave it out: a file in the sweep's folder",
             )  # fmt: skip
 
