@@ -15,6 +15,7 @@ from trainer.errors import Interrupted, Paused, TrainingStopped, UserError
 from trainer.options import (
     EXTRA,
     OVERRIDES_HELP,
+    PLAN_HELP,
     closes_mlflows_run,
     config_options,
     is_true,
@@ -27,8 +28,7 @@ from trainer.processes import to_their_end
 from trainer.redact import RedactedStream
 from trainer.signals import SIGNALS, end_with_parent, is_started_by_us
 
-EXIT_ERROR, EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
-
+EXIT_ERROR, EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED, EXIT_ENDED = 1, 2, 3, 130, 143
 _LET_SPEAK_SECONDS = 5.0
 
 _HELP = """
@@ -81,16 +81,10 @@ def run(
         show_outcome(outcome)
 
 
-@cli.command(context_settings=EXTRA, epilog=OVERRIDES_HELP)
+@cli.command(context_settings=EXTRA, epilog=PLAN_HELP)
 @config_options
 def plan(context: click.Context, config: str, profile: str | None, **short: str | None) -> None:
-    """Print what a run would do, without training: settings with their origin, parameters, steps, batch.
-
-    It ends with memory and time. Memory is computed from the model's shapes, what trains, and the largest micro-batch
-    of the first epoch; so are operations. Time is that of an earlier run of the same work in training.output_dir on
-    this machine; else, on a GPU that is known, operations at rates measured on an H200; else it is not known. A run in
-    bfloat16 on a machine without a GPU is also told on as many H200s as launch.nproc says.
-    """
+    """Print what a run would do, without training: settings with their origin, parameters, steps, batch."""
     resolved = resolve(context, config, profile, short)
     tell(resolved)
     with collector.at_rest():

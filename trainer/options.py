@@ -21,6 +21,13 @@ CONFIG is a YAML file, or the name of one in experiments/ (last6_lora).
 Any key can be overridden: --training.num_train_epochs 3 --tuner.lora_rank 8
 """
 
+PLAN_HELP = f"""{OVERRIDES_HELP}
+What is printed ends with memory and time. Memory and operations are computed from the model's shapes, what trains, and
+the samples of the first epoch. Time is that of an earlier run of the same work in training.output_dir on this machine;
+else, on a GPU that is known, operations at rates measured on an H200; else it is not known. A run in bfloat16 on a
+machine without a GPU is also told on as many H200s as launch.nproc says.
+"""
+
 
 def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """CONFIG, the profile, and the short names of the keys that are overridden most."""
