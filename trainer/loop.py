@@ -138,7 +138,6 @@ def fit(
                 return seen
         if cadence.pause_after is not None and here.seen.samples >= cadence.pause_after:
             raise _interrupted(here, keep, Paused)
-
         parts = _in_its_stage(parts, here.seen, emit)
         started = time.perf_counter()
         done = train_step(parts, next(steps), here.seen, n_samples=cadence.n_samples)
