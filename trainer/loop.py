@@ -135,16 +135,21 @@ def fit(
                 return seen
         if cadence.pause_after is not None and here.seen.samples >= cadence.pause_after:
             raise _interrupted(here, keep, Paused)
-
-        if switched := parts.switch(step):
-            parts = replace(parts, gate=switched[0])
-            emit(StageBegun(here.seen, *switched[1:]))
+        parts = _in_its_stage(parts, here.seen, emit)
         started = time.perf_counter()
         done = train_step(parts, next(steps), here.seen, n_samples=cadence.n_samples)
         seen = replace(done.seen, train_seconds=here.seen.train_seconds + time.perf_counter() - started)
         emit(replace(done, seen=seen))
         here = Position(seen, here.progress)
     raise AssertionError("the last pass returns")
+
+
+def _in_its_stage(parts: Parts, seen: Seen, emit: Callable[[Event], None]) -> Parts:
+    """What the next step trains with: another gate, over an engine that trains more, where a stage begins."""
+    if not (switched := parts.switch(seen.step)):
+        return parts
+    emit(StageBegun(seen, *switched[1:]))
+    return replace(parts, gate=switched[0])
 
 
 class _CutShort(Exception):

@@ -4,6 +4,7 @@ import pytest
 
 from tests.trainer.config.conftest import Fails, Write
 from trainer.config.load import load
+from trainer.errors import ConfigError
 
 GOOD = "[{from: 0.0, blocks: last-2}, {from: 0.5, blocks: last-4}]"
 KEY = "strategy.vision.schedule"
@@ -60,8 +61,8 @@ def test_blocks_and_a_schedule_exclude_each_other(fails: Fails) -> None:
     """In one file and across files; the message says what to take out."""
     told = fails(staged(GOOD, "method: lora\n    blocks: last-6"))
     assert "their.yaml:4: strategy.vision.blocks" in told and "take the schedule out" in told
-    of_ours = fails("extends: last6_lora.yaml\n", overrides={KEY: GOOD})
-    assert "experiments/last6_lora.yaml:9: strategy.vision.blocks" in of_ours
+    with pytest.raises(ConfigError, match=r"experiments/last6_lora\.yaml:9: strategy\.vision\.blocks"):
+        load("last6_lora", overrides={KEY: GOOD})
 
 
 def test_all_stages_have_one_method_that_trains(fails: Fails) -> None:
