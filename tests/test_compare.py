@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from analysis.__main__ import cli as analysis_cli
 from analysis.store import Store
-from tests.running import empty_store, flags, runs_in, start_trainer, trainer, without_mlflow_variables
+from tests.running import empty_store, environment, flags, runs_in, start_trainer, trainer, without_mlflow_variables
 from trainer import names
 from trainer.__main__ import cli
 from trainer.compare import conclusion
@@ -42,14 +42,20 @@ def in_this_process(command: str, parent: str, *arguments: str, out: int | IO[st
     return type("Done", (), {"returncode": 0, "stdout": said.getvalue()})
 
 
+def as_a_user(monkeypatch: pytest.MonkeyPatch, folder: Path, **variables: str) -> None:
+    """In a folder of one's own, with the tests' cache of data, and one thread."""
+    monkeypatch.chdir(folder)
+    for name, value in ({k: environment(None)[k] for k in ("XDG_CACHE_HOME", "OMP_NUM_THREADS")} | variables).items():
+        monkeypatch.setenv(name, value)
+
+
 def test_two_identical_arms_come_out_equal_below_one_parent_and_are_run_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A/A on one seed: each run a process of its own, the same batches, and so the same losses to the last bit."""
     with without_mlflow_variables():
         store = empty_store(tmp_path)
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+        as_a_user(monkeypatch, tmp_path, MLFLOW_TRACKING_URI=store)
         monkeypatch.setattr(conclusion, "_analysis", in_this_process)
         command = [*TWO, "--max_steps", "2", *flags(LEAST)]
         cli(command, standalone_mode=False)
@@ -79,7 +85,7 @@ def test_a_dry_run_tells_arms_commands_and_hours_where_they_are_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing is trained, and no store is made."""
-    monkeypatch.chdir(tmp_path)
+    as_a_user(monkeypatch, tmp_path)
     cli([*TWO, "--dry_run", "--max_steps", "2", *flags(LEAST)], standalone_mode=False)
     said = capsys.readouterr().out
     assert said.count("python -m trainer run frozen_vision --training.seed 3") == 2
