@@ -10,7 +10,7 @@ from typing import Protocol
 from trainer import names
 from trainer.compare.children import Child, Job, Standing, is_held, standing
 from trainer.compare.jobs import Board, Room, end_all
-from trainer.sweep.study import Given, Study
+from trainer.sweep.study import Given, Study, Tried
 
 _LOOK_SECONDS, _READ_SECONDS = 0.1, 2.0
 """Between two looks at whether a process has ended, and at what its run has logged."""
@@ -91,9 +91,14 @@ class Worker:
             taken = True
         return taken
 
-    def _is_over(self) -> bool:
+    def _count(self) -> list[Tried]:
+        """Show how many trials are over, by all workers."""
         tried = self._study.tried()
         self._board.stands_at(sum(one.state.is_finished() for one in tried))
+        return tried
+
+    def _is_over(self) -> bool:
+        tried = self._count()
         if self._study.is_over(tried):
             return True
         if not self._told_of_waiting:
@@ -123,6 +128,7 @@ class Worker:
                 del self._slots[slot]
                 self._board.gone(running.job)
                 self._end(running, status)
+                self._count()
                 self._ask_at = 0.0
 
     def _begin(self, slot: int, running: _Running) -> None:
