@@ -14,7 +14,7 @@ from tests.namespaces import Pair, two_namespaces, why_not
 from tests.running import SMALL, empty_store, environment, flags, runs_in, trainer
 from trainer import names
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not() or "never")]
+pytestmark = pytest.mark.slow
 
 SETTINGS = SMALL | {
     "training.max_steps": "4", "training.logging_steps": "1", "training.resume_steps": "1", "tuner.lora_dropout": "0",
@@ -58,6 +58,13 @@ class TwoHosts:
     def said(self) -> str:
         """All that the hosts have said."""
         return "\n".join(log.read_text() for log in self.logs)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def namespaces() -> None:
+    """They can be made here; looked at when a test is run, and not when it is only listed."""
+    if reason := why_not():
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")

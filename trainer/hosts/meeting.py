@@ -303,10 +303,9 @@ class Other(Meeting):
 
     def end(self, status: int, reason: str) -> None:
         """Tell the first; see `Meeting.end`."""
-        if self._link is not None:
-            with suppress(OSError):
-                self._link.send({"over": status, "reason": reason})
-            self._link.close()
+        if (link := self._link) is not None:  # the thread that reads may lose it meanwhile
+            link.send({"over": status, "reason": reason})
+            link.close()
 
 
 def meeting_of(place: Place) -> Meeting:
