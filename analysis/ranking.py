@@ -152,6 +152,8 @@ def why_excluded(run: Run) -> str | None:
         return f"was continued in {next_run}"
     if run.status != "FINISHED":
         return f"is {run.status}"
+    if run.tags.get(names.TAG_ROLE) == names.TRIAL and names.TAG_SWEEP not in run.tags:
+        return "has only tried out a learning rate"
     gate = run.tags.get(names.TAG_GATE)
     if gate != "passed" and (gate or names.TAG_SOURCE not in run.tags):
         return f"its training gate is {gate}" if gate else "has no training gate"

@@ -146,6 +146,7 @@ TAG_IMPORTED = "imported_from"
 TAG_IMPORTED_ROWS = "imported_rows"
 TAG_COMPARISON = "comparison"  # of a run that holds the report on others: which others
 TAG_ROLE = "comparison.role"  # parent, arm or trial; of runs that belong together, whatever started them
+PARENT, ARM, TRIAL = "parent", "arm", "trial"
 TAG_ARM = "comparison.arm"
 TAG_RATES_TRIED = "comparison.rates_tried"  # of an arm: what was tried before, as JSON; absent where nothing was
 TAG_HALVING = "halving"  # of a comparison that may end arms early: how it stands; of an arm: why it was ended

@@ -50,6 +50,8 @@ def readings(losses: Mapping[str, list[float]]) -> list[Reading]:
         ({"tags": {"training_gate": ""}}, "has no training gate"),
         ({"tags": {"training_gate": "", "source": "published"}}, None),
         ({"tags": {"continued_in": "abc"}}, "was continued in abc"),
+        ({"tags": {"comparison.role": "trial"}}, "has only tried out a learning rate"),
+        ({"tags": {"comparison.role": "trial", "sweep.study": "rank"}}, None),
     ],
 )
 def test_only_runs_that_finished_and_passed_their_gate_are_ranked(more: dict[str, Any], reason: str | None) -> None:

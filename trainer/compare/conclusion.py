@@ -9,7 +9,6 @@ from typing import IO
 
 from trainer import names
 from trainer.compare.parent import Parent
-from trainer.compare.stage import ARM
 from trainer.runs import SPOOL
 from trainer.spool import entries, position_of
 
@@ -18,7 +17,7 @@ REPORT, RANKING, LOG = "report", "ranking.txt", "report.log"
 
 def where(parent: str) -> str:
     """The filter that finds the runs of a comparison's arms, and not those that only tried out a rate."""
-    return f"tags.mlflow.parentRunId = '{parent}' AND tags.{names.TAG_ROLE} = '{ARM}'"
+    return f"tags.mlflow.parentRunId = '{parent}' AND tags.{names.TAG_ROLE} = '{names.ARM}'"
 
 
 def rank(of: Parent) -> str:

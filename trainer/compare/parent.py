@@ -99,7 +99,7 @@ def opened(output_dir: Path, asked: Mapping[str, str], store: Store, *, title: s
                 )  # fmt: skip
             folder.write(mlflow_run=tracker.run_id)
             if not found:
-                tracker.tags({names.TAG_ROLE: "parent"})
+                tracker.tags({names.TAG_ROLE: names.PARENT})
                 tracker.params({key: value for key, value in asked.items() if value})
             yield Parent(folder, tracker)
 

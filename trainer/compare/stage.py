@@ -14,8 +14,6 @@ from trainer.compare.parent import Parent
 
 Jobs = Mapping[tuple[str, int], Job]
 """(arm, seed) -> its run."""
-ARM, TRIAL = "arm", "trial"
-"""Values of the tag `comparison.role`, beside `parent`."""
 RATES_TRIED = "rates_tried"
 """What a comparison knows of the rates that it has tried out: arm -> rate -> loss."""
 
@@ -28,7 +26,8 @@ def job_of(entered: Entered, seed: int, asked: Asked, of: Parent) -> Job:
     """The run of an arm and a seed."""
     arm = entered.arm.name
     tried = (of.known(RATES_TRIED) or {}).get(arm)
-    tags = {names.TAG_ROLE: ARM, names.TAG_ARM: arm} | ({names.TAG_RATES_TRIED: json.dumps(tried)} if tried else {})
+    tags = {names.TAG_ROLE: names.ARM, names.TAG_ARM: arm}
+    tags |= {names.TAG_RATES_TRIED: json.dumps(tried)} if tried else {}
     name = f"{arm}-seed{seed}"
     return Job(name, arguments(entered, seed, asked.profile, asked.common), of.path / "arms" / name, of.run_id, tags)
 

@@ -11,7 +11,7 @@ from trainer.compare.arms import Entered, arguments, enter
 from trainer.compare.asked import Asked
 from trainer.compare.children import Job, Standing, standing
 from trainer.compare.parent import Parent
-from trainer.compare.stage import RATES_TRIED, TRIAL, Failed, is_over, run_stage, told
+from trainer.compare.stage import RATES_TRIED, Failed, is_over, run_stage, told
 
 SHARE = 0.25
 """Of the length of training: how long a trial is. It is a whole training, warm-up and cosine in that time: a longer one
@@ -84,7 +84,7 @@ def _trials(entered: Entered, asked: Asked, of: Parent) -> Iterable[tuple[str, J
         rate, name = f"{entered.rate_now * factor:.6g}", f"{entered.arm.name}-x{factor:g}"
         arm = entered.arm.with_settings({entered.rate: rate, "tracking.generate_records": "0", **length})
         told_so = arguments(replace(entered, arm=arm), seed, asked.profile, asked.common)
-        tags = {names.TAG_ROLE: TRIAL, names.TAG_ARM: entered.arm.name}
+        tags = {names.TAG_ROLE: names.TRIAL, names.TAG_ARM: entered.arm.name}
         yield rate, Job(name, told_so, of.path / "trials" / name, of.run_id, tags)
 
 

@@ -100,7 +100,7 @@ def job_of(plan: Plan, study: Study, given: Given, parent: str) -> Job:
     profile = ("--profile", plan.sweep.profile) if plan.sweep.profile else ()
     settings = tuple(part for key, text in changed.items() for part in (f"--{key}", text))
     alone = () if "launch.nproc" in changed else ("--launch.nproc", str(_ranks(plan.sweep.resolved(given.point))))
-    tags = {names.TAG_ROLE: "trial", names.TAG_SWEEP: plan.storage.name, names.TAG_TRIAL: str(given.first)}
+    tags = {names.TAG_ROLE: names.TRIAL, names.TAG_SWEEP: plan.storage.name, names.TAG_TRIAL: str(given.first)}
     return Job(
         name=name_of(given.point),
         arguments=(strategy, *profile, *settings, *alone),

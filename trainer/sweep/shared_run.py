@@ -53,7 +53,7 @@ class Parent:
     def _made(self, study: str, key: str) -> str:
         body = beginning(run_name=f"sweep {study}", key=key)
         run_id = self._door.begin(Entry(0, int(time.time() * 1000), BEGIN, of_environment().tree(body)))
-        for tag, value in ((names.TAG_SWEEP, study), (names.TAG_ROLE, "parent")):
+        for tag, value in ((names.TAG_SWEEP, study), (names.TAG_ROLE, names.PARENT)):
             self._door.client.set_tag(run_id, tag, value)
         return run_id
 
