@@ -12,7 +12,7 @@ from analysis.checks import Finding
 from analysis.effects import METHODS, QUESTIONS, lacking
 from analysis.ranking import TRAINABLE, Ranking, Row
 from analysis.runs import Run
-from analysis.settings import BLOCKS, LORA_RANK, METHOD, SEED, VIT_LR, is_idle, number, same
+from analysis.settings import BLOCKS, LORA_RANK, METHOD, SCHEDULE, SEED, VIT_LR, is_idle, number, same
 from analysis.statistics import ALL_PAIRS, FAMILY_ERROR, seeds_to_settle
 from analysis.verdict import listed, pair_of, standing
 from trainer import names
@@ -243,6 +243,8 @@ def _missing_cells(ranking: Ranking) -> list[Step]:
     have: dict[tuple[str, str], Row] = {}
     for row in ranking.rows:
         params = row.readings[0].run.params
+        if params.get(SCHEDULE, "null") != "null":
+            continue  # blocks that begin one after another are no depth
         have.setdefault((params.get(BLOCKS, ""), params.get(METHOD, "")), row)
     steps = []
     for depth in dict.fromkeys(depth for depth, method in have if method in METHODS):

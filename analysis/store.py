@@ -171,7 +171,7 @@ class Store:
     def artifact_lines(self, run_id: str, name: str) -> list[Any] | None:
         """The values of a JSONL artifact, or None where the run has none."""
         data = self._artifact(run_id, name)
-        return None if data is None else [json.loads(line) for line in data.decode("utf-8").splitlines()]
+        return None if data is None else [json.loads(line) for line in data.decode("utf-8").split("\n") if line]
 
     def import_run(self, imported: Imported, experiment: str) -> tuple[str, bool]:
         """Write a run that was trained elsewhere; what an earlier import has written is not there twice afterwards.

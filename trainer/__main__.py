@@ -131,6 +131,7 @@ def _status() -> int:
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - told in full, and by the status
         if launch.is_rank() and launch.is_of_another(error):
+            click.echo(launch.told_of_another(error), err=True)
             return EXIT_ENDED
         _let_the_first_rank_speak()  # most likely it was an error of its own that broke what this rank waited for
         traceback.print_exc()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from trainer import names
 from trainer.config.resolved import Resolved
-from trainer.runs import SPOOL, is_of_this_host, runs_below
+from trainer.runs import FREE, SPOOL, is_of_this_host, runs_below
 from trainer.spool import entry_of
 
 _DECIDES = ("model.", "strategy.", "tuner.", "prompts.", "custom.augmentation.", "launch.", "deepspeed.", "data.")
@@ -38,7 +38,7 @@ def earlier_pace(resolved: Resolved) -> Pace | None:
 
     Learning rates, seed, length of training and evaluations may differ: they do not change what a step costs.
     """
-    own = {k: v for k, v in resolved.params().items() if k.startswith(_DECIDES) or k in _DECIDE_TOO}
+    own = {k: v for k, v in resolved.params().items() if k not in FREE and (k.startswith(_DECIDES) or k in _DECIDE_TOO)}
     for path, facts in runs_below(Path(resolved.config.training.output_dir)):  # the newest first
         same = all(facts["params"].get(key) == value for key, value in own.items())
         if same and is_of_this_host(facts) and (row := _last_row(path / SPOOL)):

@@ -183,6 +183,12 @@ def is_of_another(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and not isinstance(error, Interrupted) and bool(_LOST.search(str(error)))
 
 
+def told_of_another(error: BaseException) -> str:
+    """What such an error says, in a line: where every rank says so, it is the network or its library."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"rank {os.environ.get('RANK', '0')}: another rank does not answer: {said}"
+
+
 @contextmanager
 def with_the_others() -> Iterator[None]:
     """While ranks train together: where another has ended, this one is interrupted, and can be gone on with.
@@ -194,6 +200,7 @@ def with_the_others() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if is_rank() and is_of_another(error):
+            print(told_of_another(error), file=sys.stderr)
             raise Interrupted("by the end of another rank, at the newest resume point") from error
         raise
 

@@ -1,6 +1,8 @@
 """The door to MLflow for what runs have left there: checkpoints of runs and registered models, as folders."""
 
+import atexit
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +29,8 @@ def fetched(source: str) -> Path:
         source: `models:/NAME@ALIAS` or `models:/NAME/VERSION`, else the id of a run.
 
     Returns:
-        The run's result, where it is on this machine and whole; else a copy of what the store has, in a new folder.
+        The run's result, where it is on this machine and whole; else a copy of what the store has, as long as this
+        process lives.
 
     Raises:
         TrackingError: there is no such thing, or no checkpoint of it can be had.
@@ -38,7 +41,7 @@ def fetched(source: str) -> Path:
     with told(store.uri), _known(source, store.name):
         client = MlflowClient(store.uri)
         if source.startswith(MODELS):
-            return Path(download_artifacts(source, dst_path=tempfile.mkdtemp(prefix="model-"), tracking_uri=store.uri))
+            return Path(download_artifacts(source, dst_path=_for_this_process(), tracking_uri=store.uri))
         run = client.get_run(source)
         found = {item.path for item in client.list_artifacts(source)}
         if names.ARTIFACT_CHECKPOINTS in found:
@@ -49,13 +52,20 @@ def fetched(source: str) -> Path:
             if best and _is_whole(Path(best["path"])):
                 return Path(best["path"])
         if names.ARTIFACT_CHAMPION in found:
-            return Path(client.download_artifacts(source, names.ARTIFACT_CHAMPION, tempfile.mkdtemp(prefix="model-")))
+            return Path(client.download_artifacts(source, names.ARTIFACT_CHAMPION, _for_this_process()))
     raise TrackingError(
         f"run {run.info.run_name} ({source})",
         "no checkpoint on this machine, and none in the store: a run's own stay where it was trained",
         "a run of this machine, or one that was promoted",
         "use it where it was trained, or promote it there: python -m analysis promote",
     )
+
+
+def _for_this_process() -> str:
+    """A folder that goes when this process ends."""
+    folder = tempfile.mkdtemp(prefix="model-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @contextmanager

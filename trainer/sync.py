@@ -72,7 +72,7 @@ def sync(folders: Iterable[Path], watch: Callable[[Path, int, int], None]) -> li
     """
     found: dict[Path, Path] = {}
     for parent in folders:
-        below = [file.parent for file in (*parent.glob(f"*/{RUN_FILE}"), *parent.glob(RUN_FILE))]
+        below = [file.parent for file in parent.rglob(RUN_FILE)]  # runs of comparisons and sweeps lie deeper
         if not below:
             raise ConfigError("sync", f"{parent}, which holds no run", "folders of runs, such as output", "check it")
         found |= {path.resolve(): path for path in below}

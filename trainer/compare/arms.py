@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.config.load import SHORT_NAMES, load
+from trainer.config.problems import place
 from trainer.config.resolved import Resolved
 from trainer.errors import ConfigError
 
@@ -60,8 +61,8 @@ class Entered:
     def rate(self) -> str:
         """The learning rate that is tried out: of vision, or of the aligner where no part of vision trains."""
         strategy = self.resolved.config.strategy
-        frozen = strategy is not None and "frozen" in (strategy.vision.method, strategy.vision.blocks)
-        none = strategy is not None and strategy.vision.blocks == "none"
+        frozen = strategy is not None and strategy.vision.method == "frozen"
+        none = strategy is not None and all(blocks == "none" for _, blocks in strategy.vision.stages)
         return "training.aligner_lr" if frozen or none else "training.vit_lr"
 
     @property
@@ -143,7 +144,23 @@ def enter(arms: Sequence[Arm], seed: int, profile: str | None, common: Mapping[s
         ConfigError: anything wrong in one of them.
     """
     check_settings(common, "-P")
-    return tuple(Entered(arm, load(arm.strategy, profile=profile, overrides=_given(arm, seed, common))) for arm in arms)
+    entered = [Entered(a, load(a.strategy, profile=profile, overrides=_given(a, seed, common))) for a in arms]
+    for each in entered:
+        on_one_host(each.resolved, "compare")
+    return tuple(entered)
+
+
+def on_one_host(resolved: Resolved, command: str) -> None:
+    """Refuse runs on several hosts: a command that starts many runs gives each a part of its own machine.
+
+    Raises:
+        ConfigError: `launch.hosts` is set.
+    """
+    if resolved.config.launch.hosts:
+        raise ConfigError(
+            place(resolved.origins["launch.hosts"], "launch.hosts"), f"{resolved.config.launch.hosts}, and {command}",
+            "runs that each lie on one host", "take it out; runs on several hosts are started one by one",
+        )  # fmt: skip
 
 
 def _given(arm: Arm, seed: int, common: Mapping[str, str]) -> dict[str, str]:

@@ -1,11 +1,16 @@
 """What a comparison was asked for: arms, seeds, policy; and which of it makes two comparisons the same."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from trainer.checkpoint import file_sha256
 from trainer.compare.arms import Arm, Entered
 from trainer.compare.jobs import Room, room_for
+from trainer.config.resolved import Resolved
+from trainer.runs import FREE
 
 FULL, HALVING = "full", "halving"
 
@@ -47,9 +52,15 @@ class Asked:
             "profile": self.profile or "",
             "policy": self.policy,
             "tune": str(self.tune),
+            "configuration": self._digest(),
             **of_halving,
             **dict(sorted(self.common.items())),
         }
+
+    def _digest(self) -> str:
+        """Of all that files say: where one was edited since, the same words ask for another comparison."""
+        told = {entered.arm.name: _decides(entered.resolved) for entered in self.arms}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     def room(self, runs: int, threads_before: int | None = None) -> Room:
         """What this machine has room for.
@@ -63,6 +74,14 @@ class Asked:
         """
         room = room_for(self.jobs, ranks=max(e.ranks for e in self.arms), gpus=self.gpus, runs=runs)
         return replace(room, threads=threads_before or room.threads)
+
+
+def _decides(resolved: Resolved) -> dict[str, str]:
+    """Every setting that may change a number, and what is in the files of records that it names."""
+    custom = resolved.config.custom
+    files = [path for path in (custom.train_jsonl, custom.val_jsonl, custom.ood_jsonl, custom.taxonomy) if path]
+    settings = {k: v for k, v in resolved.params().items() if k not in FREE and not k.startswith("launch.")}
+    return settings | {path: file_sha256(Path(path)) for path in files if Path(path).is_file()}
 
 
 def _written(arm: Arm) -> str:

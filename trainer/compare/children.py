@@ -10,13 +10,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from trainer import names
+from trainer import launch, names
 from trainer.runs import SPOOL, Busy, held, runs_below
 from trainer.signals import STARTED_BY
 from trainer.spool import AGAIN, entries, position_of
 
-END_SECONDS = 30.0
-"""What a run has to finish its step and write a resume point, once it was asked to end."""
+END_SECONDS = 300.0
+"""What a run has to finish its step and write a resume point, once it was asked to end: gigabytes, of a large model."""
+_OF_A_RANK = frozenset(
+    ("MLFLOW_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
+     "MASTER_PORT", "JOB_COMPLETION_INDEX", launch.ROUND, launch.STATUSES)
+)  # fmt: skip
+"""Variables that a scheduler has set for this process, which is one of several, and that say nothing of its runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +106,13 @@ class Child:
 
 
 def environment(job: Job, threads: int) -> dict[str, str]:
-    """Ours, but for what would make the run adopt our own MLflow run; it is told of its parent, and of us.
+    """Ours, but for what would make the run adopt our MLflow run, or be a rank; it is told of its parent, and of us.
 
     Args:
         job: the run.
         threads: of each of its ranks.
     """
-    kept = {key: value for key, value in os.environ.items() if key != "MLFLOW_RUN_ID"}
+    kept = {key: value for key, value in os.environ.items() if key not in _OF_A_RANK and not key.startswith("SLURM_")}
     return kept | {
         "OMP_NUM_THREADS": str(threads),
         STARTED_BY: str(os.getpid()),

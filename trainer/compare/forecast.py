@@ -56,7 +56,7 @@ def forecasts(asked: Asked) -> list[Forecast]:
     for entered in asked.arms:
         budget = build.prepare(entered.resolved).budget
         samples = round(budget.total_steps * budget.samples / budget.plan.steps_in_epoch(0))
-        seconds = [now.seconds / now.total_steps for now in before if _is_like(now, entered)]
+        seconds = [now.seconds / max(1, now.step) for now in before if _is_like(now, entered)]
         mean = sum(seconds) / len(seconds) if seconds else None
         found.append(Forecast(entered, budget.total_steps, samples, mean, len(seconds)))
     return found

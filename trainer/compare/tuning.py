@@ -61,7 +61,7 @@ def try_out(asked: Asked, of: Parent, console: Console) -> dict[str, dict[str, f
     }  # fmt: skip
     todo = [job for job in jobs.values() if not _has_answered(standing(job.folder))]
     failed = run_stage(todo, asked, of, console, what="trials of learning rates", total=len(jobs))
-    if wrong := [one for one in failed if one.status != _STOPPED_ITSELF]:
+    if wrong := [one for one in failed if one.status != _STOPPED_ITSELF or one.standing.state != "stopped"]:
         raise Failed(told(wrong, len(jobs)))
     found: dict[str, dict[str, float]] = {}
     for (arm, rate), job in jobs.items():

@@ -71,12 +71,16 @@ class Job:
         self.summary = Summary()
         with _Writable(out):
             (out / PICTURES if pictures else out).mkdir(parents=True, exist_ok=True)
-            self._lines = _earlier(out / _UNDER_WAY, dict(key))
-            self._file = (out / _UNDER_WAY).open("w", encoding="utf-8")
+            known = {self.name(path) for path, _ in found.images}
+            earlier = _earlier(out / _UNDER_WAY, dict(key))
+            self._lines = {name: line for name, line in earlier.items() if name in known and "error" not in line}
+            aside = out / f"{_UNDER_WAY}.new"
+            self._file = aside.open("w", encoding="utf-8")
             self._write(dict(key))
-        for name, line in self._lines.items():
-            self._write({"images": [name], **line})
-            self.summary.add(name, line)
+            for name, line in self._lines.items():
+                self._write({"images": [name], **line})
+                self.summary.add(name, line)
+            aside.rename(out / _UNDER_WAY)  # not before: what was done is never in neither of them
         self.summary.earlier = self.summary.images
 
     def run(self, predictor: Predictor, *, batch_size: int) -> Iterator[int]:
@@ -145,7 +149,7 @@ class Job:
 def _earlier(path: Path, key: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What an interrupted job of the same key has done: name -> line."""
     try:
-        first, *rest = path.read_text(encoding="utf-8").splitlines()
+        first, *rest = path.read_text(encoding="utf-8").split("\n")  # an answer may hold other ends of lines
         if json.loads(first) != key:
             return {}
     except (OSError, ValueError):

@@ -41,7 +41,8 @@ def show_predictions(
     predictor = load_predictor(folder, base=base, device=device, max_new_tokens=max_new_tokens)
     recipe = predictor.recipe
     errors.print(f"{recipe.strategy}, seed {recipe.seed}, on {recipe.base_model}: {folder}", markup=False)
-    key = {"checkpoint": file_sha256(folder / MANIFEST), "max_new_tokens": max_new_tokens, "pictures": pictures}
+    asked = {"max_new_tokens": max_new_tokens, "pictures": pictures, "images": [str(path.resolve()) for path in images]}
+    key = {"checkpoint": file_sha256(folder / MANIFEST), **asked}
     job = Job(out, found, key, pictures=pictures)
     todo = len(found.images) - job.summary.earlier
     steps = job.run(predictor, batch_size=batch_size)

@@ -8,6 +8,7 @@ from optuna.trial import TrialState
 
 from trainer import launch, names
 from trainer.addresses import Store
+from trainer.compare.arms import on_one_host
 from trainer.compare.children import Child, Job
 from trainer.compare.jobs import Board, Room, room_for
 from trainer.config.places import PATH_KEYS
@@ -51,6 +52,7 @@ def plan(sweep: Sweep, storage: Storage, folder: Path, jobs: int | None) -> Plan
         ConfigError: more than there is room for.
     """
     resolved = sweep.resolved(sweep.first())
+    on_one_host(resolved, "sweep")
     room = room_for(jobs, ranks=_ranks(resolved), gpus=_gpus(resolved.config), runs=sweep.trials)
     return Plan(sweep, storage, folder, room)
 

@@ -171,7 +171,9 @@ class Worker:
             self._study.give_back(given, f"interrupted with status {status}")
             self._board.say(f"{job.name}: interrupted from outside, given back")
         else:
-            self._fail(running, f"status {status}: {last_words(job.log)}", stopped=status == _STOPPED)
+            # one that came to other numbers than before, on another machine, has not stopped itself: it is tried again
+            stopped = status == _STOPPED and standing(job.folder).state == "stopped"
+            self._fail(running, f"status {status}: {last_words(job.log)}", stopped=stopped)
 
     def _outcome(self, running: _Running, now: Standing) -> None:
         """Tell the study the metric of a run that is over."""
