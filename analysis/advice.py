@@ -149,7 +149,7 @@ def _given(run: Run) -> dict[str, str] | None:
     shipped = _shipped(run.strategy, run.tags.get(names.TAG_PROFILE, ""))
     if shipped is None or names.TAG_SOURCE in run.tags:
         return None
-    if any(key.startswith("strategy.") and key not in run.params for key in shipped):
+    if any(k.startswith("strategy.") and k not in run.params and said != "null" for k, said in shipped.items()):
         return None  # a file of the user's that happens to have the name of a shipped one, in another form
     given = {
         key: value

@@ -29,11 +29,12 @@ from trainer.config.load import load
 from trainer.cost.anatomy import anatomy_of
 from trainer.cost.memory import peak_memory
 from trainer.cost.microbatch import MicroBatch
+from trainer.curriculum import Course
 from trainer.data.loader import collate
+from trainer.engines import join_ranks, make_engine, material_of
 from trainer.estimate import layout_from
 from trainer.fused import native
-from trainer.model import apply_plan, read_config, trained_tensors
-from trainer.optim import make_optimizer
+from trainer.model import apply_plan, read_config
 
 RESULTS = Path(__file__).parent / "results" / "scaling" / "pocket_memory.json"
 ARMS = ("frozen_vision", "last6_lora", "last6_full", "all_lora", "all_full")
@@ -94,14 +95,15 @@ def measure(cell: Cell) -> dict[str, Any]:
     """Three steps on this rank."""
     resolved = load(cell.arm, overrides=cell.overrides())
     config, prepared = resolved.config, build.prepare(resolved)
-    accelerator = build.join_ranks(prepared, config)
+    accelerator = join_ranks(prepared.zero, prepared.plan, prepared.budget, config)
     model = apply_plan(build.load_base(config, prepared.tools), prepared.plan, seed=17)
-    loss: Any = prepared.forward_pass.of(model, bf16=False, checkpointed=build.checkpointed_parts(config))
-    trained = list(trained_tensors(model))
-    optimizer = make_optimizer(trained, weight_decay=0.1)
-    for group in optimizer.param_groups:
+    course = Course(model, prepared.stages, step=0)
+    engine = make_engine(
+        accelerator, material_of(model, course, prepared.forward_pass, accelerator, config), course, config
+    )
+    loss: Any = engine.loss
+    for group in engine.optimizer.param_groups:
         group["lr"] = RATE
-    engine = build.make_engine(accelerator, loss, optimizer, trained, config)
     first = engine.rank * cell.samples
     records = prepared.data.train.records[first : first + cell.samples]
     batch = collate([prepared.encoder.encode(record) for record in records], prepared.encoder.pad_id, packed=True)

@@ -14,7 +14,7 @@ from trainer import names
 from trainer.runs import Identity, RunFolder, held, new_run, runs_below
 from trainer.spool import BEGIN
 
-TOTAL, BETWEEN, STEP = 800, 100, 10
+TOTAL, BETWEEN, STEP = 900, 100, 10
 """Training samples of a run, between two evaluations, and of an optimizer step."""
 
 

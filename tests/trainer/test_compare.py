@@ -209,7 +209,7 @@ SCATTER = {"by_seed": {"17": 0.002, "18": -0.001, "19": -0.001}}
 @pytest.fixture
 def known_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is read to find how long runs are."""
-    monkeypatch.setattr("trainer.compare.rungs.length", lambda entered: (80, 800, 100))
+    monkeypatch.setattr("trainer.compare.rungs.length", lambda entered: (90, 900, 100))
 
 
 def test_an_arm_that_is_far_behind_is_ended_at_a_rung_and_its_runs_say_why(
@@ -230,7 +230,7 @@ def test_an_arm_that_is_far_behind_is_ended_at_a_rung_and_its_runs_say_why(
     assert (told["rungs"][0]["samples"], told["every"], told["margin"]) == (200, 100, 0.01)
     verdicts = {one["arm"]: one["verdict"] for one in told["rungs"][0]["decisions"]}
     assert verdicts == {"a": "leader", "b": "behind"} and len(told["rungs"]) == 1
-    assert told["share_of_full"] == pytest.approx((1 + 0.25) / 2)
+    assert told["share_of_full"] == pytest.approx((1 + 2 / 9) / 2)
     tags = parent(store).data.tags
     assert tags[names.TAG_HALVING] == "1 of 2 arms ended early"
     assert "| b | " in tags[names.TAG_NOTE] and "behind" in tags[names.TAG_NOTE]
