@@ -48,7 +48,7 @@ def assert_same(resumed: Result, left_alone: Result) -> None:
     assert resumed.rows.keys() == left_alone.rows.keys()
     for name, rows in left_alone.rows.items():
         if names.metric(name).exact:
-            assert resumed.rows[name] == rows, name
+            assert resumed.rows[name] == rows, f"{name}: {resumed.rows[name]}, left alone {rows}"
         else:
             assert [step for step, _ in resumed.rows[name]] == [step for step, _ in rows], name
     assert resumed.files == left_alone.files
