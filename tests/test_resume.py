@@ -81,7 +81,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
 
 @pytest.fixture
 def interrupted(ended: Interrupted) -> Interrupted:
-    """The same run, as it was left, at the same place; the database keeps its file, which is open in this process."""
+    """The same run, as it was left, at the same place.
+
+    The database is put back under this process's open connections. SQLite tells by a counter of writes in the file
+    whether the pages that it remembers still hold, and two tests may write equally often: the connections are closed.
+    """
+    MlflowClient(ended.store)._tracking_client.store.engine.dispose()
     for name in ("output", "mlruns"):
         shutil.rmtree(ended.folder / name, ignore_errors=True)
     shutil.copytree(ended.folder.with_name("as-it-was-left"), ended.folder, dirs_exist_ok=True)
