@@ -123,7 +123,8 @@ def closes_mlflows_run() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if os.environ.get("MLFLOW_RUN_ID") and launch.is_first():
+        # ranks that may be started again leave that to `mlflow run`: a run that was closed takes nothing more
+        if os.environ.get("MLFLOW_RUN_ID") and launch.is_first() and launch.STATUSES not in os.environ:
             from trainer.tracker import status_after
             from trainer.tracking import abandon
 

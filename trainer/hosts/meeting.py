@@ -122,7 +122,9 @@ class First(Meeting):
         self._begun = False
         self._kept: socket.socket | None = None
         try:
-            self._door = socket.create_server(("", place.port), backlog=128)
+            # a host that is alone is not to be reached from outside
+            listens = "" if len(place.names) > 1 else "127.0.0.1"
+            self._door = socket.create_server((listens, place.port), backlog=128)
         except OSError as error:
             raise ConfigError(
                 "launch.port", f"{place.port}: {error.strerror}", "a port that nothing else listens on here",
