@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import json
 import os
 import shutil
 import signal
@@ -187,6 +188,17 @@ class Trained:
     def artifact(self, name: str) -> Path:
         """An artifact as a local file."""
         return _artifacts(self.store, self.run.info.run_id) / name
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of its best checkpoint."""
+        return Path(json.loads(self.artifact(names.ARTIFACT_CHECKPOINTS).read_text())["best"]["path"])
+
+    @property
+    def val_jsonl(self) -> Path:
+        """The validation records that it has logged."""
+        logged = {each.dataset.name: each.dataset.source for each in self.run.inputs.dataset_inputs}
+        return Path(json.loads(logged["val"])["uri"])
 
 
 @functools.cache

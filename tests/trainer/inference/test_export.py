@@ -39,7 +39,7 @@ def done() -> Trained:
 @pytest.fixture(scope="module")
 def checkpoint(done: Trained) -> Path:
     """Its best."""
-    return Path(json.loads(done.artifact("checkpoints.json").read_text())["best"]["path"])
+    return done.checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +123,7 @@ def test_the_card_says_what_it_is(merged: Path, checkpoint: Path) -> None:
 
 def test_a_merged_folder_is_a_source_of_its_own(merged: Path, checkpoint: Path, done: Trained) -> None:
     """`predict` takes it as it takes an adapter, and it says the same."""
-    val = next(
-        Path(json.loads(d.dataset.source)["uri"]) for d in done.run.inputs.dataset_inputs if d.dataset.name == "val"
-    )
-    picture = read_records(val).records[0].images[0]
+    picture = read_records(done.val_jsonl).records[0].images[0]
     one = [(picture.path, picture.size)]
     said = [
         dict(load_predictor(folder, device="cpu", max_new_tokens=40).predict(one, batch_size=1))[0].text
@@ -147,10 +144,7 @@ def test_a_server_answers_as_predict(done: Trained, checkpoint: Path, tmp_path: 
     arguments = ("export", str(checkpoint), "--form", "mlflow", "--out", str(model))
     process = trainer(*arguments, cwd=done.folder, store=done.store)
     assert (process.returncode, process.stderr) == (0, "")
-    val = next(
-        Path(json.loads(d.dataset.source)["uri"]) for d in done.run.inputs.dataset_inputs if d.dataset.name == "val"
-    )
-    picture = read_records(val).records[0].images[0]
+    picture = read_records(done.val_jsonl).records[0].images[0]
     image = shutil.copy(picture.path, tmp_path / "image.png")
     sizes = image_sizes([Path(image)])
     predictor = load_predictor(checkpoint, device="cpu")

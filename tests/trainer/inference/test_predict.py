@@ -25,8 +25,8 @@ def done() -> Trained:
 
 @pytest.fixture(scope="module")
 def checkpoint(done: Trained) -> Path:
-    """The last checkpoint of the run: the one whose answers were kept as `last_predictions.jsonl` or as the best's."""
-    return Path(json.loads(done.artifact("checkpoints.json").read_text())["best"]["path"])
+    """Its best, of which the answers were kept as `best_predictions.jsonl`."""
+    return done.checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,9 @@ def predictor(checkpoint: Path) -> Predictor:
 @pytest.fixture(scope="module")
 def photos(done: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of four validation images, one in a subfolder, beside a file that is none and a broken one."""
-    val = next(
-        Path(json.loads(d.dataset.source)["uri"]) for d in done.run.inputs.dataset_inputs if d.dataset.name == "val"
-    )
     folder = tmp_path_factory.mktemp("photos")
     (folder / "more").mkdir()
-    for n, record in enumerate(read_records(val).records[:4]):
+    for n, record in enumerate(read_records(done.val_jsonl).records[:4]):
         shutil.copy(record.images[0].path, folder / ("more" if n == 3 else "") / f"{n}.png")
     (folder / "notes.txt").write_text("no image")
     (folder / "broken.png").write_bytes(b"no image")
@@ -61,10 +58,7 @@ def told(done: Trained, photos: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_answers_are_those_of_training(done: Trained, predictor: Predictor) -> None:
     """Same checkpoint, same images: the texts that the run has kept, up to where an answer is complete."""
     kept = [json.loads(line) for line in done.artifact("best_predictions.jsonl").read_text().splitlines()]
-    val = next(
-        Path(json.loads(d.dataset.source)["uri"]) for d in done.run.inputs.dataset_inputs if d.dataset.name == "val"
-    )
-    records = {record.id: record.images[0] for record in read_records(val).records}
+    records = {record.id: record.images[0] for record in read_records(done.val_jsonl).records}
     images = [(records[each["record_id"]].path, records[each["record_id"]].size) for each in kept]
     answers = dict(predictor.predict(images, batch_size=2))
     for index, each in enumerate(kept):
