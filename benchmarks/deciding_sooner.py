@@ -1,7 +1,7 @@
 """What halving saves and how often it errs: replays of recorded runs and simulations, as the tables of docs/halving.md.
 
     python -m benchmarks.deciding_sooner simulate             # a minute or two; writes results/halving/simulation.json
-    python -m benchmarks.deciding_sooner extract RUN NAME     # the runs below a comparison's parent RUN, all finished,
+    python -m benchmarks.deciding_sooner extract NAME RUN...  # the runs below comparisons' parents RUN, all finished,
                                                               # as results/halving/NAME.parquet
     python -m benchmarks.deciding_sooner tables               # fills the page from these, and from results/five_arms
 
@@ -183,24 +183,26 @@ def simulate() -> None:
     SIMULATION.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
-def extract(parent: str, name: str) -> Path:
-    """Record the finished runs below a comparison's parent run: samples, loss and seconds of each evaluation.
+def extract(name: str, parents: Sequence[str]) -> Path:
+    """Record the finished runs below comparisons' parent runs: samples, loss and seconds of each evaluation.
 
     Args:
-        parent: id of the parent's MLflow run, in the store of `MLFLOW_TRACKING_URI`.
         name: of the file.
+        parents: ids of the parents' MLflow runs, in the store of `MLFLOW_TRACKING_URI`: more than one where seeds were
+            added later.
 
     Raises:
         SystemExit: a run is missing, is not finished, or is there twice: a replay needs whole curves of all.
     """
     store = Store()
-    runs = [run for run in store.runs(where=f"tags.{PARENT} = '{parent}'") if run.tags.get(_ROLE, "arm") == "arm"]
+    below = [run for parent in parents for run in store.runs(where=f"tags.{PARENT} = '{parent}'")]
+    runs = [run for run in below if run.tags.get(_ROLE, "arm") == "arm"]
     arms = {(run.tags.get(_ARM, run.strategy), int(run.seed)): run for run in runs}
     seeds = {seed for _, seed in arms}
     bad = [f"{run.name}: {why}" for run in runs if (why := why_excluded(run))]
     if not runs or bad or len(arms) != len(runs) or len(arms) != len({arm for arm, _ in arms}) * len(seeds):
         said = "; ".join(bad) or "one finished run for every arm and seed is needed"
-        sys.exit(f"{len(runs)} runs below {parent}: {said}")
+        sys.exit(f"{len(runs)} runs below {', '.join(parents)}: {said}")
     wanted = (names.EVAL_LOSS, names.SAMPLES_SEEN, names.TRAIN_SECONDS, names.EVALUATION_SECONDS)
     curves = {metric: store.curves([run.id for run in runs], metric) for metric in wanted}
     rows = []
@@ -231,13 +233,15 @@ def main() -> None:
     commands.add_parser("simulate", help="how often the rule errs")
     commands.add_parser("tables", help="fill docs/halving.md")
     recording = commands.add_parser("extract", help="record a comparison whose runs all went to their ends")
-    recording.add_argument("parent", help="id of its MLflow run")
     recording.add_argument("name", help="of the recording")
+    recording.add_argument(
+        "parents", nargs="+", help="ids of MLflow runs: of the comparison, and of others of the same arms"
+    )
     arguments = parser.parse_args()
     if arguments.command == "simulate":
         simulate()
     elif arguments.command == "extract":
-        print(extract(arguments.parent, arguments.name))
+        print(extract(arguments.name, arguments.parents))
     else:
         PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 

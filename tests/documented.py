@@ -17,10 +17,12 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted(page for page in (ROOT / "docs").glob("**/*.md") if page.name not in HISTORY and page.name != "report.md"),
 ]
-PROGRAMS = set(
-    "analysis apt-get cat conda cp createdb createuser curl export git hf kubectl make mkdir mlflow nvidia-smi pg_dump pip "
-    "pytest python read sbatch source ssh srun sudo tail tar torchrun trainer umask uv watch".split()
-)
+PROGRAMS = {
+    *("analysis", "mlflow", "python", "pytest", "trainer"),
+    *("conda", "git", "make", "pip", "source", "uv"),
+    *("apt-get", "cat", "cp", "curl", "export", "mkdir", "nvidia-smi", "read", "sudo", "tail", "tar", "umask", "watch"),
+    *("createdb", "createuser", "hf", "kubectl", "pg_dump", "sbatch", "srun", "ssh", "torchrun"),
+}
 """A block that begins with one of these holds commands."""
 _MARK = re.compile(r"<!-- (not run|run by|run): ?(.*?) -->|<!-- run by (.*?) -->")
 
@@ -118,7 +120,8 @@ def as_project_command(words: list[str]) -> list[str]:
     point = entries[entry]
     parameters = {name: str(of.get("default", "")) for name, of in point["parameters"].items()}
     filled = [
-        word if not (field := _field(word)) else given.get(field, parameters[field]) for word in point["command"].split()
+        word if not (field := _field(word)) else given.get(field, parameters[field])
+        for word in point["command"].split()
     ]
     more = [part for key, value in given.items() if key not in parameters for part in (f"--{key}", value)]
     return [*filled, *more]

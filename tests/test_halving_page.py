@@ -101,6 +101,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     experiment = client.create_experiment("e")
     parent = client.create_run(experiment).info.run_id
     whole = [(arm, seed, parent, "arm") for arm in "ab" for seed in (1, 2)]
+    whole += [(arm, 3, "later", "arm") for arm in "ab"]
     for arm, seed, below, role in [*whole, ("a", 9, parent, "trial"), ("a", 1, "other", "arm")]:
         tags = {names.TAG_STRATEGY: "s", names.TAG_SEED: str(seed), names.TAG_GATE: "passed", "comparison.arm": arm}
         tags |= {"comparison.role": role, "mlflow.parentRunId": below}
@@ -120,12 +121,26 @@ def test_a_comparison_becomes_a_recording(
     monkeypatch.setattr(page, "FOLDER", tmp_path)
     with without_mlflow_variables():
         monkeypatch.setenv("MLFLOW_TRACKING_URI", compared[0])
-        page.extract(compared[1], "first")
+        page.extract("first", [compared[1]])
     (found,) = fresh(tmp_path)
     assert found.name == "first" and found.groups() == [(1, 2)]
     assert {arm: sorted(of) for arm, of in found.curves.items()} == {"a": [1, 2], "b": [1, 2]}
     assert found.curves["b"][2] == [Evaluation(0, 1.0, 1.0), Evaluation(40, 0.75, 13.0), Evaluation(80, 0.5, 25.0)]
     assert len(pd.read_parquet(tmp_path / "first.parquet")) == 12
+
+
+def test_seeds_that_were_added_later_belong_to_the_same_recording(
+    compared: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs below two parents; a run that an arm has in both is refused, since only one of them could be taken."""
+    monkeypatch.setattr(page, "FOLDER", tmp_path)
+    with without_mlflow_variables():
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", compared[0])
+        page.extract("first", [compared[1], "later"])
+        (found,) = fresh(tmp_path)
+        assert {arm: sorted(of) for arm, of in found.curves.items()} == {"a": [1, 2, 3], "b": [1, 2, 3]}
+        with pytest.raises(SystemExit, match="one finished run for every arm and seed"):
+            page.extract("first", [compared[1], "other"])
 
 
 def test_what_is_not_whole_is_not_recorded(
@@ -136,5 +151,5 @@ def test_what_is_not_whole_is_not_recorded(
     with without_mlflow_variables():
         monkeypatch.setenv("MLFLOW_TRACKING_URI", compared[0])
         with pytest.raises(SystemExit, match="0 runs below nowhere"):
-            page.extract("nowhere", "first")
+            page.extract("first", ["nowhere"])
     assert list(tmp_path.iterdir()) == []

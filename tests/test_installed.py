@@ -1,4 +1,4 @@
-"""`pip install .`: the commands `trainer` and `analysis`, outside a checkout, with everything that they need inside."""
+"""`pip install .` as README.md has it: the commands `trainer` and `analysis`, outside a checkout, with everything that they need inside."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ SOURCES = ("trainer", "analysis", "experiments", "pyproject.toml", "README.md", 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the project was installed to, from a copy that is gone; dependencies are those of the environment we are in."""
+    """Where the project was installed to, from a copy that is gone; what it depends on is that of this environment."""
     source, prefix = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
     for name in SOURCES:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy

@@ -3,7 +3,9 @@
 import base64
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -17,7 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
-from tests.running import Trained, environment, trained, trainer, without_mlflow_variables
+from tests.running import ROOT, Trained, environment, trained, trainer, without_mlflow_variables
 from tests.server_process import ServerProcess, free_port, listens, started
 from trainer.data.images import image_sizes
 from trainer.data.records import read_records
@@ -156,9 +158,20 @@ def test_a_server_answers_as_predict(done: Trained, checkpoint: Path, tmp_path: 
     with started(server):
         answer = _posted(server.uri, base64.b64encode(Path(image).read_bytes()).decode())
         assert json.loads(answer) == {"predictions": [wanted.as_json()]}
+        for page in (ROOT / "README.md", ROOT / "docs" / "use.md"):
+            assert json.loads(_by_the_page(page, server.uri, Path(image))) == json.loads(answer)
         with pytest.raises(urllib.error.HTTPError, match="400") as refused:
             _posted(server.uri, str(image))
         assert "send the bytes of the image file" in refused.value.read().decode()
+
+
+def _by_the_page(page: Path, uri: str, image: Path) -> str:
+    """What the `curl` command of a page gets, image and address put in."""
+    (command,) = re.findall(r"^    (curl .*\n     +-d .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    command, images = re.subn(r"\$\(base64 -w0 \S+\)", f"$(base64 -w0 {image})", command)
+    assert images == 1 and "localhost:5001" in command
+    command = command.replace("http://", "").replace("localhost:5001", uri)
+    return subprocess.run(["bash", "-c", command], check=True, capture_output=True, text=True).stdout
 
 
 def _posted(uri: str, image: str) -> str:
