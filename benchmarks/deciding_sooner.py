@@ -34,6 +34,8 @@ SIMULATION = FOLDER / "simulation.json"
 PAGE = Path(__file__).parents[1] / "docs" / "halving.md"
 _ARM = "comparison.arm"
 """Tag of a run: its arm, where that is not the strategy's name."""
+_EVERY = "training.eval_samples"
+"""Param of a run: training samples between its evaluations."""
 _ROLE = "comparison.role"
 """Tag of a run: `arm`, or `trial` where it only tried a learning rate."""
 
@@ -203,6 +205,11 @@ def extract(name: str, parents: Sequence[str]) -> Path:
     if not runs or bad or len(arms) != len(runs) or len(arms) != len({arm for arm, _ in arms}) * len(seeds):
         said = "; ".join(bad) or "one finished run for every arm and seed is needed"
         sys.exit(f"{len(runs)} runs below {', '.join(parents)}: {said}")
+    between = {run.params.get(_EVERY, "") for run in runs}
+    if len(between) > 1 or not all(text.isdigit() for text in between):
+        sys.exit(
+            f"{_EVERY} is {between} in the runs below {', '.join(parents)}: one number is needed, as halving sets it"
+        )
     wanted = (names.EVAL_LOSS, names.SAMPLES_SEEN, names.TRAIN_SECONDS, names.EVALUATION_SECONDS)
     curves = {metric: store.curves([run.id for run in runs], metric) for metric in wanted}
     rows = []
@@ -213,7 +220,7 @@ def extract(name: str, parents: Sequence[str]) -> Path:
             seconds = training[step] + evaluating[step]
             rows.append({"arm": arm, "seed": seed, "samples": samples[step], "loss": value, "seconds": seconds})
     path = FOLDER / f"{name}.parquet"
-    pd.DataFrame(rows).to_parquet(path, compression="zstd", index=False)
+    pd.DataFrame(rows).assign(every=int(between.pop())).to_parquet(path, compression="zstd", index=False)
     return path
 
 

@@ -44,6 +44,12 @@ class Recording:
     curves: Curves
     least: int = EVALUATIONS
     """Evaluations that make a loss at a rung."""
+    every: float | None = None
+    """Training samples between evaluations (`training.eval_samples`); None where evaluations went by steps."""
+
+    def rung(self, share: float, total: float) -> float:
+        """Where a rung lies, in training samples: as in a comparison, a multiple of those between evaluations."""
+        return share * total if self.every is None else self.every * max(2, round(share * total / self.every))
 
     def groups(self) -> list[tuple[int, ...]]:
         """All groups of three of its seeds."""
@@ -115,12 +121,13 @@ def replay(recording: Recording, seeds: Sequence[int], rule: Rule) -> Replay:
     total = max(of_run[-1].samples for of in curves.values() for of_run in of.values())
     alive, ended, looked, decisions = dict(curves), {}, -1, {}
     for rung, share in enumerate(rule.rungs):
-        places = [index for index, one in enumerate(_any_run(curves)) if one.samples >= share * total]
+        samples = recording.rung(share, total)
+        places = [index for index, one in enumerate(_any_run(curves)) if one.samples >= samples]
         if len(alive) < 2 or places[0] == looked:  # a winner is left, or nothing has been seen since the rung before
             continue
         looked = places[0]
         losses = {
-            arm: {seed: loss for seed, run in of.items() if (loss := _loss(run, share * total, recording)) is not None}
+            arm: {seed: loss for seed, run in of.items() if (loss := _loss(run, samples, recording)) is not None}
             for arm, of in alive.items()
         }
         decisions[rung] = decide(losses, rung=rung, rule=rule)
@@ -195,8 +202,9 @@ def fresh(folder: Path = FOLDER) -> list[Recording]:
     found = []
     for path in sorted(folder.glob("*.parquet")):
         curves: dict[str, dict[int, list[Evaluation]]] = {}
-        for row in pd.read_parquet(path).sort_values(["arm", "seed", "samples"]).itertuples(index=False):
+        table = pd.read_parquet(path).sort_values(["arm", "seed", "samples"])
+        for row in table.itertuples(index=False):
             one = Evaluation(float(row.samples), float(row.loss), float(row.seconds))
             curves.setdefault(str(row.arm), {}).setdefault(int(row.seed), []).append(one)
-        found.append(Recording(path.stem, curves))
+        found.append(Recording(path.stem, curves, every=float(table.every.iloc[0]) if "every" in table else None))
     return found

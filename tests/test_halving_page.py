@@ -106,6 +106,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         tags = {names.TAG_STRATEGY: "s", names.TAG_SEED: str(seed), names.TAG_GATE: "passed", "comparison.arm": arm}
         tags |= {"comparison.role": role, "mlflow.parentRunId": below}
         made = client.create_run(experiment, tags=tags).info.run_id
+        client.log_param(made, "training.eval_samples", 40)
         for step in (0, 4, 8):
             row = {names.EVAL_LOSS: 1.0 - step / 16, names.SAMPLES_SEEN: 10.0 * step, names.TRAIN_SECONDS: 2.0 * step}
             for metric, value in {**row, names.EVALUATION_SECONDS: 1.0 + step}.items():
@@ -123,7 +124,8 @@ def test_a_comparison_becomes_a_recording(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", compared[0])
         page.extract("first", [compared[1]])
     (found,) = fresh(tmp_path)
-    assert found.name == "first" and found.groups() == [(1, 2)]
+    assert (found.name, found.groups(), found.every) == ("first", [(1, 2)], 40)
+    assert [found.rung(share, 80) for share in (0.2, 0.4, 1)] == [80, 80, 80]  # two evaluations at the least
     assert {arm: sorted(of) for arm, of in found.curves.items()} == {"a": [1, 2], "b": [1, 2]}
     assert found.curves["b"][2] == [Evaluation(0, 1.0, 1.0), Evaluation(40, 0.75, 13.0), Evaluation(80, 0.5, 25.0)]
     assert len(pd.read_parquet(tmp_path / "first.parquet")) == 12
