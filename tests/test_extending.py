@@ -162,6 +162,14 @@ def test_every_test_that_the_page_names_is_green_when_all_is_there(whole: Path) 
     assert red(whole, [*named_tests(), *beside]) == set()
 
 
+def test_what_the_page_adds_is_formatted_as_the_project_is(whole: Path) -> None:
+    """By ruff, with the project's own settings."""
+    touched = sorted({piece.file for piece in pieces() if piece.file.endswith(".py")})
+    for command in (["check", "--no-cache"], ["format", "--check", "--no-cache"]):
+        done = in_copy(whole, "-m", "ruff", *command, *touched)
+        assert done.returncode == 0, done.stdout
+
+
 def test_the_strategy_is_planned(whole: Path) -> None:
     """By its name, on pocket: blocks 12 to 23 by LoRA."""
     done = in_copy(whole, *commands("python -m trainer plan"))
