@@ -1,4 +1,4 @@
-"""The README tells the truth: its tree names every module with its job, its files exist, its commands are the ones."""
+"""The README tells the truth: the tree names every module with its job, its files exist, its commands are the ones."""
 
 import ast
 import re
@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TREE = README.split("## What is inside")[1].split("Read the code")[0]
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+TREE = ARCHITECTURE.split("## What is inside\n")[1].split("Read the code")[0]
 
 
 @pytest.mark.parametrize("package", ["trainer", "analysis"])
