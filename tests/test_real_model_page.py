@@ -1,4 +1,4 @@
-"""docs/real_model.md tells what docs/scaling.md says of memory and hours, in fewer cells, and reckons with it rightly."""
+"""docs/real_model.md tells what docs/scaling.md says of memory and hours, in fewer cells, and reckons with it."""
 
 import re
 from pathlib import Path
