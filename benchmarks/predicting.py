@@ -298,10 +298,9 @@ def _conditions(result: Mapping[str, Any]) -> str:
     alone = sum(run["by"] == OURS and len(run["seconds"]) for run in result["runs"] if run["batch"] == 1)
     return (
         f"{machine['date']}, {where}; {versions}; commit {machine['commit'][:12]}. {result['model']}, {result['arm']}, "
-        f"{result['dtype']}; images of {width}x{height} pixels, answers of {least} to {most} tokens, median {middle}, of at "
-        f"most {result['max_new_tokens']}. "
-        f"One at a time: {alone} images; at once: medians of {turns} turns, lowest to highest. Others kept "
-        f"{result['others']:.2f} of a core busy."
+        f"{result['dtype']}; images of {width}x{height} pixels; answers of {least} to {most} tokens, median {middle}, "
+        f"with room for {result['max_new_tokens']}. One at a time: {alone} images; at once: medians of {turns} turns, "
+        f"lowest to highest. Others kept {result['others']:.2f} of a core busy."
     )
 
 
