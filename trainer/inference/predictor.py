@@ -1,5 +1,6 @@
 """Captions images with a trained adapter: loads it once, answers in batches, reads the answers into objects."""
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from trainer.model import load_model, load_tools
 _LEAST = 256
 """Tokens that an answer gets where the image alone is longer than a training sample."""
 _CHUNK = 8
-"""Batches whose prompts are made at once, to put such of like length together."""
+"""Batches that are sorted at once, to put prompts of like length together; pixels are read a batch at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +88,23 @@ class Predictor:
             (index of the image, what is said of it), in the order in which they are done.
         """
         for start in range(0, len(images), batch_size * _CHUNK):
-            prompts: list[tuple[int, Sample]] = []
+            pixels: dict[int, int] = {}
             for index in range(start, min(start + batch_size * _CHUNK, len(images))):
-                made = self._prompt(*images[index])
-                if isinstance(made, str):
-                    yield index, Prediction(images[index][1], problem=made)
+                if problem := self._encoder.image_problem(_record(*images[index])):
+                    yield index, Prediction(images[index][1], problem=problem.removeprefix(": "))
                 else:
-                    prompts.append((index, made))
-            prompts.sort(key=lambda pair: len(pair[1].input_ids))
-            for first in range(0, len(prompts), batch_size):
-                yield from self._answered(prompts[first : first + batch_size], images)
+                    pixels[index] = math.prod(self._shown(*images[index]))
+            by_length = sorted(pixels, key=lambda index: pixels[index])  # prompts differ in their images alone
+            for first in range(0, len(by_length), batch_size):
+                prompts: list[tuple[int, Sample]] = []
+                for index in by_length[first : first + batch_size]:
+                    made = self._prompt(*images[index])
+                    if isinstance(made, str):
+                        yield index, Prediction(images[index][1], problem=made)
+                    else:
+                        prompts.append((index, made))
+                if prompts:
+                    yield from self._answered(prompts, images)
 
     def predict_bytes(self, files: Sequence[bytes], *, batch_size: int) -> list[Prediction]:
         """Caption images that were sent, in their order; what is no image gets a problem."""
@@ -111,11 +119,15 @@ class Predictor:
                 found[sound[index][0]] = made
         return found
 
+    def _shown(self, path: Path, size: Size) -> Size:
+        """An image's size as the model is shown it."""
+        (shown,) = self._encoder.shown_sizes(_record(path, size))
+        return shown
+
     def _prompt(self, path: Path, size: Size) -> Sample | str:
         """The prompt for an image, or why there is none."""
-        record = Record(path.name, (Picture(path, *size),), ())
         try:
-            return (self._encoder.image_problem(record) or "").removeprefix(": ") or self._encoder.prompt(record)
+            return self._encoder.prompt(_record(path, size))
         except DataError as error:
             return error.got
 
@@ -134,8 +146,12 @@ class Predictor:
         )
         for (index, _), text in zip(prompts, answers, strict=True):
             path, size = images[index]
-            (shown,) = self._encoder.shown_sizes(Record(path.name, (Picture(path, *size),), ()))
-            yield index, Prediction(size, text, read_answer(text, size, self.recipe.emit_norm, shown))
+            reading = read_answer(text, size, self.recipe.emit_norm, self._shown(path, size))
+            yield index, Prediction(size, text, reading)
+
+
+def _record(path: Path, size: Size) -> Record:
+    return Record(path.name, (Picture(path, *size),), ())
 
 
 def load_predictor(

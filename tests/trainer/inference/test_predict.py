@@ -171,3 +171,17 @@ def test_bytes_are_answered_in_their_order(predictor: Predictor, photos: Path) -
     alone = dict(predictor.predict([(p, s) for p, s in sizes.items() if not isinstance(s, str)], batch_size=4))
     assert [each.text for each in (found[0], found[2])] == [alone[0].text, alone[1].text]
     assert "cannot be read" in found[1].problem
+
+
+def test_pixels_are_read_a_batch_at_a_time(predictor: Predictor, tmp_path: Path) -> None:
+    """Small images first, what is too thin before them; a folder of photos does not have to fit into memory."""
+    sizes = [(128, 96), (96, 96), (9, 400), (96, 128)]
+    for n, size in enumerate(sizes):
+        Image.new("RGB", size).save(tmp_path / f"{n}.png")
+    predictor = Predictor(predictor._model, predictor.recipe, max_new_tokens=1)
+    read: list[str] = []
+    make = predictor._encoder.prompt
+    predictor._encoder.prompt = lambda record: read.append(record.id) or make(record)
+    steps = predictor.predict([(tmp_path / f"{n}.png", size) for n, size in enumerate(sizes)], batch_size=1)
+    done = [(index, made.problem[:5], len(read)) for index, made in steps]
+    assert done == [(2, "image", 0), (1, "", 1), (0, "", 2), (3, "", 3)]
