@@ -10,6 +10,7 @@ from functools import cache
 
 from analysis.checks import Finding
 from analysis.effects import METHODS, QUESTIONS, lacking
+from analysis.ended_early import EndedEarly, ended_early, sentences, told_apart
 from analysis.ranking import TRAINABLE, Ranking, Row
 from analysis.runs import Run
 from analysis.settings import BLOCKS, LORA_RANK, METHOD, SCHEDULE, SEED, VIT_LR, is_idle, number, same
@@ -26,6 +27,9 @@ _SEEDS_AT_ONCE = 20
 ENOUGH_SEEDS = 3
 """Fewer give no interval worth reading, and no winner that can be told apart."""
 
+
+_PLACES = ("training.output_dir", "training.run_name")
+"""Where a run lies and what it is called: of a run in a comparison both are its own, and no other may have them."""
 
 EXPLAINED_BY = {
     "not_alike": "runs of different data, weights, code or number formats are compared",
@@ -71,6 +75,8 @@ def recommendation(ranking: Ranking, findings: Sequence[Finding]) -> Recommendat
     """
     winner, *others = ranking.rows
     if not others:
+        if ended := ended_early(ranking):
+            return _of_the_last(winner, ended)
         return Recommendation(winner.label, "none", ("It is the only arm: there is nothing to compare it with.",))
     stands: dict[str, list[str]] = {}
     for row in others:
@@ -103,6 +109,12 @@ def recommendation(ranking: Ranking, findings: Sequence[Finding]) -> Recommendat
     else:
         confidence = "moderate" if also else "high"
     return Recommendation(winner.label, confidence, tuple(why))
+
+
+def _of_the_last(winner: Row, ended: Sequence[EndedEarly]) -> Recommendation:
+    """Of the only arm that was trained to its end: never with high confidence, since curves can cross."""
+    why = [*sentences(ended), "That the order stays so until the end is an assumption about the curves of these arms."]
+    return Recommendation(winner.label, "moderate" if told_apart(ended) else "low", tuple(why))
 
 
 def next_steps(ranking: Ranking, findings: Sequence[Finding]) -> list[Step]:
@@ -154,7 +166,9 @@ def _given(run: Run) -> dict[str, str] | None:
     given = {
         key: value
         for key in shipped
-        if not is_idle(key, run.params) and same(value := run.params.get(key, shipped[key])) != same(shipped[key])
+        if key not in _PLACES
+        and not is_idle(key, run.params)
+        and same(value := run.params.get(key, shipped[key])) != same(shipped[key])
     }
     if run.seed:
         given.pop(SEED, None)  # the last of them, so that the commands of an arm differ in one place
@@ -241,6 +255,8 @@ def _fresh_seed(*rows: Row) -> str:
 def _missing_cells(ranking: Ranking) -> list[Step]:
     """Of the depths and methods that were run, the combinations that were not."""
     have: dict[tuple[str, str], Row] = {}
+    if ended_early(ranking):
+        return []  # what lacks here was not left out
     for row in ranking.rows:
         params = row.readings[0].run.params
         if params.get(SCHEDULE, "null") != "null":

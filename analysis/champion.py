@@ -3,9 +3,12 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.ended_early import EndedEarly, ended_early, sentences, told_apart
 from analysis.ranking import Ranking, Reading, direction
+from analysis.statistics import Difference
 from analysis.store import Store
 from analysis.verdict import pair_of, standing
 from trainer import names
@@ -24,7 +27,8 @@ def promote(store: Store, ranking: Ranking, model: str, alias: str, *, anyway: b
         ranking: of at least one arm.
         model: name in the registry.
         alias: set on the version.
-        anyway: also where the winner cannot be told from the second.
+        anyway: also where the winner cannot be told from the second. The only arm that was trained to its end is
+            told from those that were ended because they were behind.
 
     Returns:
         The version, and the run that it is of: of the winner's seeds the one with the best value.
@@ -38,11 +42,10 @@ def promote(store: Store, ranking: Ranking, model: str, alias: str, *, anyway: b
     winner = finite[0]
     second = finite[1].label if len(finite) > 1 else ""
     pair = pair_of(ranking, winner, finite[1]) if second else None
-    distinguishable = bool(second) and standing(ranking, finite[1]) == "ahead"
+    ended = ended_early(ranking)
+    distinguishable = standing(ranking, finite[1]) == "ahead" if second else told_apart(ended)
     if not distinguishable and not anyway:
-        what = "there is no second arm" if pair is None else "too few seeds to test" if pair.method == "untested" else (
-            f"p = {pair.p_adjusted:.2g} after Holm, difference {abs(pair.estimate.mean):.4f}"
-        )  # fmt: skip
+        what = _why_not(pair, ended)
         raise UserError(
             "promote",
             f"{winner.label} is not distinguishable from {second or 'any other'}: {what}",
@@ -64,6 +67,15 @@ def promote(store: Store, ranking: Ranking, model: str, alias: str, *, anyway: b
         **{name: f"{value:.6g}" for name, value in values.items() if not math.isnan(value)},
     }
     return store.promote(best.run.id, folder, model, alias, tags), best
+
+
+def _why_not(pair: Difference | None, ended: Sequence[EndedEarly]) -> str:
+    """Why the winner is not told apart from the second; None: there is none."""
+    if pair is None:
+        return " ".join(sentences(ended)) or "there is no second arm"
+    if pair.method == "untested":
+        return "too few seeds to test"
+    return f"p = {pair.p_adjusted:.2g} after Holm, difference {abs(pair.estimate.mean):.4f}"
 
 
 def _checkpoint(store: Store, reading: Reading) -> tuple[Path, str, int]:

@@ -151,7 +151,8 @@ def why_excluded(run: Run) -> str | None:
     if next_run := run.tags.get(names.TAG_CONTINUED_IN):
         return f"was continued in {next_run}"
     if run.status != "FINISHED":
-        return f"is {run.status}"
+        ended = run.tags.get(names.TAG_HALVING)
+        return f"was ended early: {ended}" if ended else f"is {run.status}"
     if run.tags.get(names.TAG_ROLE) == names.TRIAL and names.TAG_SWEEP not in run.tags:
         return "has only tried out a learning rate"
     gate = run.tags.get(names.TAG_GATE)

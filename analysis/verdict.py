@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from analysis.effects import QUESTIONS, Effects, two_by_twos
+from analysis.ended_early import ended_early, sentences
 from analysis.ranking import Ranking, Row, direction
 from analysis.statistics import Difference
 from trainer import names
@@ -44,9 +45,12 @@ def verdict(ranking: Ranking) -> list[str]:
         return ["No run can be ranked."]
     if ranking.each:
         return ["A row is a run here: what is more than the noise of seeds, only runs pooled by arm can tell."]
-    if len(ranking.rows) == 1:
-        return ["One arm only: there is nothing to compare it with."]
     winner, *others = ranking.rows
+    ended = sentences(ended_early(ranking))
+    if not others:
+        if ended:
+            return [f"{winner.label} is the only arm that was trained to its end.", *ended]
+        return ["One arm only: there is nothing to compare it with."]
     if math.isnan(winner.estimates[ranking.by].mean):
         return [f"No arm has a finite {ranking.by}."]
     word = "lowest" if direction(ranking.by) == "lower" else "highest"
@@ -74,7 +78,7 @@ def verdict(ranking: Ranking) -> list[str]:
     ]  # fmt: skip
     if rest:
         lines.append(f"Not distinguishable either: {listed(rest)}.")
-    return lines
+    return [*lines, *ended]
 
 
 def all_robustness(ranking: Ranking) -> list[str]:

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from PIL import Image
 from analysis.__main__ import cli as analysis_cli
 from tests.documented import PAGES, ROOT, Command, as_project_command, commands_of
 from tests.running import SMALL, environment, flags, trained, without_mlflow_variables
+from tests.server_process import ServerProcess, free_port, started
 from trainer.__main__ import cli as trainer_cli
 from trainer.data.records import read_records
 
@@ -138,9 +140,18 @@ def test_a_command_of_the_project_does_what_the_page_says(workshop: Path, comman
 
 @pytest.mark.parametrize("command", [c for c in TO_RUN if not ours(c)], ids=lambda c: f"{c.page}:{c.line}")
 def test_a_command_of_another_program_is_one_that_it_has(workshop: Path, command: Command) -> None:
-    """`make` knows the target, a script is there with its options, a test file exists."""
+    """`make` knows the target, a page of MLflow opens, a script is there with its options, a test file exists."""
     words = command.words
-    if words[0] == "make":
+    if words[:2] == ["mlflow", "ui"]:
+        port = free_port()
+        started_by = [sys.executable, "-m", *words, "--port", str(port)]
+        with started(ServerProcess(started_by, workshop, port, dict(os.environ))) as server:
+            assert b"MLflow" in urllib.request.urlopen(server.uri, timeout=60).read()
+    elif words[0] == "mlflow" or words[:2] == ["python", "-c"]:
+        words = [sys.executable, *(["-m", "mlflow"] if words[0] == "mlflow" else []), *words[1:]]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    elif words[0] == "make":
         targets = [word for word in words[1:] if "=" not in word]
         subprocess.run(["make", "-n", *targets], cwd=ROOT, check=True, capture_output=True)
     elif words[0] == "python" and (words[1].startswith("benchmarks/") or words[1:2] == ["-m"]):

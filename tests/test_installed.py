@@ -1,4 +1,4 @@
-"""`pip install .`, as README.md has it: the commands `trainer` and `analysis` in any folder, with all that they need."""
+"""`pip install .`, as README.md has it: commands `trainer` and `analysis` in any folder, with all that they need."""
 
 import os
 import shutil

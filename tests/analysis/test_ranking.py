@@ -45,6 +45,7 @@ def readings(losses: Mapping[str, list[float]]) -> list[Reading]:
         ({}, None),
         ({"status": "RUNNING"}, "is RUNNING"),
         ({"status": "FAILED"}, "is FAILED"),
+        ({"status": "KILLED", "tags": {"halving": "behind at 518 samples"}}, "was ended early: behind at 518 samples"),
         ({"tags": {"training_gate": "failed"}}, "its training gate is failed"),
         ({"tags": {"training_gate": "open"}}, "its training gate is open"),
         ({"tags": {"training_gate": ""}}, "has no training gate"),
