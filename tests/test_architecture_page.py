@@ -1,4 +1,4 @@
-"""docs/architecture.md tells the truth: its tree names every module with the job that the module's first line states."""
+"""docs/architecture.md tells the truth: its tree names every module with the job that its first line states."""
 
 import ast
 import re

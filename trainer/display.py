@@ -50,7 +50,8 @@ class Display:
                 kept = "what was saved before is untouched"
                 self._line(event.seen.step, f"could not save {event.what}: {event.reason}; {kept}", always=True)
             case GatePassed():
-                self._line(event.seen.step, "training gate passed: every planned tensor trains, no other has changed")
+                said = "training gate passed: every planned tensor trains, no other has changed"
+                self._line(event.seen.step, said, always=True)
             case StageBegun():
                 new, blocks = (", ".join(map(str, of)) for of in (event.new, event.blocks))
                 self._line(event.seen.step, f"vision blocks {new} begin to train; now {blocks} do", always=True)

@@ -277,7 +277,11 @@ def told(uri: str) -> Iterator[None]:
             f"MLFLOW_TRACKING_URI ({without_password(uri)})",
             text,
             "a database (sqlite:///mlflow.db, postgresql+psycopg2://...) or a running MLflow server (http://...)",
-            f"log in: {login}" if "error code 401" in text else "start the server or correct MLFLOW_TRACKING_URI",
+            f"log in: {login}"
+            if "error code 401" in text
+            else "start the server with --allowed-hosts and this name (docs/server.md)"
+            if "Invalid Host" in text
+            else "start the server or correct MLFLOW_TRACKING_URI",
         ) from None
 
 

@@ -18,6 +18,7 @@ from trainer.data.records import Reading, Record, bad_records_error, check_recor
 from trainer.data.statistics import Epoch, Limit, Measured, SetStatistics, first_epoch, set_statistics, tried_limits
 from trainer.data.suspicions import Subject, Suspicion, suspicions
 from trainer.data.template import Encoder
+from trainer.data.turns import possible
 from trainer.datasets import check_summaries, files_from, make_encoder, mix_from, spread
 from trainer.errors import DataError
 from trainer.model import load_tools
@@ -120,15 +121,19 @@ def _read(
             errors.append(error)
         else:
             records = spread(reading.records, config.custom.max_records)
-            sets[name] = _measured(path, reading, progress.track(records, description=f"measure {name}"), encoder)
+            tracked = progress.track(records, description=f"measure {name}")
+            sets[name] = _measured(path, reading, tracked, encoder, config.custom.summary_ratio)
     return sets, errors
 
 
-def _measured(path: Path, reading: Reading, records: Iterable[Record], encoder: Encoder) -> CheckedSet:
-    """Hold sound records against the model's limits."""
+def _measured(
+    path: Path, reading: Reading, records: Iterable[Record], encoder: Encoder, summary_ratio: float
+) -> CheckedSet:
+    """Hold sound records against the model's limits, with every answer that they can be drawn with."""
     faults, fitting, measured = dict(reading.faults), [], []
     for record in records:
-        if problem := encoder.problem(record):
+        tasks = possible(record, summary_ratio)
+        if problem := next(filter(None, map(encoder.problem, tasks)), None):
             faults[record.id] = (problem,)
         else:
             fitting.append(record)

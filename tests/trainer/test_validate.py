@@ -167,6 +167,14 @@ def test_summaries_that_are_to_be_trained_must_be_there(check: Callable[..., Val
     assert "has a summary" in error.got
 
 
+def test_a_summary_that_makes_its_sample_too_long_is_found(check: Callable[..., Validation]) -> None:
+    """Where a record can be drawn with it; training would refuse it."""
+    long = {"train": [record("a.png", box("汽车/red"), summary="two cars " * 2000)], "val": SOUND["val"]}
+    assert check(long).errors == ()
+    (error,) = check(long, custom__summary_ratio="0.5").errors
+    assert "train.jsonl:1" in str(error)
+
+
 # --- what is suspicious -------------------------------------------------------------------------------------------
 
 

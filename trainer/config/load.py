@@ -92,6 +92,8 @@ def load(config: str | Path, *, profile: str | None = None, overrides: Mapping[s
     _note_unused_length(root, shown_path(base), found)
     _note_unused_selection(root, found)
     warnings = [warning for source in [*chain, *profile_chain] for warning in source.warnings]
+    if profile_name and not profile and checked.model.model != DEFAULT_PROFILE:
+        warnings.append(_made_for_the_built_in_base(checked.model.model))
     tree = checked.model_dump(mode="json", by_alias=True)
     return Resolved(
         config=checked,
@@ -110,6 +112,14 @@ def _profile_name(path: Path, profile: str | None) -> str | None:
     if not profile:
         return DEFAULT_PROFILE if path.parent == experiments_dir() else None
     return None if profile == "none" else profile
+
+
+def _made_for_the_built_in_base(model: str) -> str:
+    """What is said where nobody has asked for the profile that a real model trains with."""
+    return (
+        f"profile {DEFAULT_PROFILE} is in force, whose rates, lengths and precision are for the built-in base, and the "
+        f"model is {model}: --profile published is for a real Qwen3-VL, --profile none leaves all to your settings"
+    )
 
 
 def _read_chain(path: Path) -> list[Source]:
