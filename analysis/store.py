@@ -119,7 +119,7 @@ class Store:
                     f"--where {where}",
                     error.got,
                     "comparisons of params, tags, metrics or attributes, joined by AND; texts in single quotes",
-                    "for instance --where \"params.tuner.lora_rank = '16' AND metrics.eval/loss < 0.6\"",
+                    "give one such as --where \"params.tuner.lora_rank = '16' AND metrics.eval/loss < 0.6\"",
                 ) from None
             yield from (_run(run, experiments[run.info.experiment_id]) for run in page)
             token = page.token

@@ -122,7 +122,7 @@ class _Naming:
                 self.where("modules_to_save"),
                 f"{shown(name)}, the end of {len(hits)} modules: {_some(hits)}",
                 "full module names, or ends that only one module has",
-                f"write the full names of those that are meant, for example {hits[-1]}",
+                f"write the full names of those that are meant, such as {hits[-1]}",
             )
         unit = unit_of(f"{hits[0]}.weight")
         if unit not in (None, hits[0]):
