@@ -111,9 +111,7 @@ class Store:
                         [*experiments], condition, ViewType.ACTIVE_ONLY, PAGE, ["attributes.start_time DESC"], token
                     )
             except TrackingError as error:
-                if where is None or not any(
-                    word in error.got.lower() for word in ("filter", "clause", "invalid", "expected")
-                ):
+                if where is None or not any(word in error.got.lower() for word in _OF_A_FILTER):
                     raise
                 raise TrackingError(
                     f"--where {where}",
@@ -325,7 +323,7 @@ class Store:
         rows: list[tuple[str, int, int, float]] = []
         wanted = sorted(run_ids)
         while wanted:
-            answer = http_request_safe(  # type: ignore[no-untyped-call]
+            answer = http_request_safe(  # type: ignore[no-untyped-call]  # MLflow annotates neither
                 self._client._tracking_client.store.get_host_creds(),
                 _BULK_ROUTE,
                 "GET",

@@ -297,7 +297,7 @@ def open_tracker(
     """
     from trainer.tracking import MlflowDoor, beginning, told
 
-    assert begun.folder is not None  # noqa: S101
+    assert begun.folder is not None  # noqa: S101  # only the first rank opens one
     spool, redactor, door = begun.folder.spool, of_environment(), MlflowDoor(store.uri)
     if os.environ.get(names.PARENT_VARIABLE):
         spool.keep_all()  # whoever compares runs reads their losses there

@@ -6,7 +6,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from trainer import launch
+from trainer.config.problems import shown
 from trainer.errors import ConfigError
 from trainer.options import (
     EXTRA,
@@ -102,6 +102,7 @@ def compare(context: click.Context, /, strategies: str, seeds: str, dry_run: str
     """
     from trainer.compare.arms import enter, parse_arms, parse_seeds
     from trainer.compare.asked import Asked
+    from trainer.compare.jobs import gpus_to_deal
     from trainer.config.load import SHORT_NAMES
 
     common = {SHORT_NAMES[key]: given[key] for key in _OF_ALL if given[key]}
@@ -120,7 +121,7 @@ def compare(context: click.Context, /, strategies: str, seeds: str, dry_run: str
         policy=one_of("--policy", given["policy"] or "full", _POLICIES),
         tune=int(one_of("--tune", given["tune"] or "0", _TRIALS)),
         margin=_share("--margin", given["margin"] or "0.01"), error=_share("--error", given["error"] or "0.05", 0.5),
-        jobs=whole_number("--jobs", given["jobs"], at_most=_MOST_JOBS), gpus=_gpus(common.get("launch.gpus")),
+        jobs=whole_number("--jobs", given["jobs"], at_most=_MOST_JOBS), gpus=gpus_to_deal(common.get("launch.gpus")),
     )  # fmt: skip
     for resolved in {entered.resolved.path: entered.resolved for entered in arms}.values():
         tell(resolved)
@@ -150,17 +151,5 @@ def _share(option: str, text: str, below: float = 1.0) -> float:
     except ValueError:
         value = -1.0
     if not 0 < value < below:
-        raise ConfigError(
-            option, repr(text)[:80], f"a number above 0 and below {below:g}", "write a number such as 0.01"
-        )
+        raise ConfigError(option, shown(text), f"a number above 0 and below {below:g}", "write a number such as 0.01")
     return value
-
-
-def _gpus(named: str | None) -> tuple[str, ...]:
-    """Indices of the GPUs that runs may be dealt out to: those that are named, or all."""
-    if not launch.may_have_gpus():
-        return ()
-    from trainer import gpus  # imports torch
-
-    here = gpus.count(None)
-    return tuple(str(index) for index in range(here)) if not named or not here else tuple(named.split(","))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trainer import launch
+from trainer.config.problems import shown
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -87,12 +88,12 @@ def all_of(*options: _Options) -> _Options:
     return add
 
 
-def switch(*names: str, **shown: Any) -> _Options:
+def switch(*names: str, **further: Any) -> _Options:
     """An option that stands alone or takes true or false; its value is text for `is_true`, empty where not given.
 
     It is no plain flag, because an entry point of MLproject cannot leave an option out: it passes an empty text.
     """
-    return click.option(*names, is_flag=False, flag_value="true", default="", metavar="[true|false]", **shown)
+    return click.option(*names, is_flag=False, flag_value="true", default="", metavar="[true|false]", **further)
 
 
 _scale_and_data = all_of(
@@ -174,7 +175,7 @@ def is_true(option: str, value: str) -> bool:
     """
     known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}
     if value.lower() not in known:
-        raise ConfigError(option, repr(value)[:80], "true or false", "write one of these, or the option alone")
+        raise ConfigError(option, shown(value), "true or false", "write one of these, or the option alone")
     return known[value.lower()]
 
 
@@ -185,7 +186,7 @@ def one_of(option: str, value: str, allowed: tuple[str, ...]) -> str:
         ConfigError: it is none of those that are allowed.
     """
     if value not in allowed:
-        raise ConfigError(option, repr(value)[:80], ", ".join(allowed), "take one of these")
+        raise ConfigError(option, shown(value), ", ".join(allowed), "take one of these")
     return value
 
 
@@ -199,7 +200,7 @@ def whole_number(option: str, text: str | None, *, at_most: int) -> int | None:
         return None
     if not (text.isascii() and text.isdecimal() and 0 < int(text) <= at_most):
         raise ConfigError(
-            option, repr(text)[:80], f"a whole number from 1 to {at_most}", "correct it, or leave the option out"
+            option, shown(text), f"a whole number from 1 to {at_most}", "correct it, or leave the option out"
         )
     return int(text)
 

@@ -265,7 +265,9 @@ def _patterns(modules: Iterable[str]) -> list[str]:
     """Regular expressions that together match these names and no others; one for all that differ in the index alone."""
     indices: dict[tuple[str, str], list[str]] = {}
     for module in modules:
-        before, index, after = re.fullmatch(r"(.*?)(?:\.(\d+)(\..+)?)?", module).groups("")  # type: ignore[union-attr]
+        whole = re.fullmatch(r"(.*?)(?:\.(\d+)(\..+)?)?", module)
+        assert whole is not None  # noqa: S101  # it matches every name
+        before, index, after = whole.groups("")
         indices.setdefault((before, after), []).append(index)
     return [
         re.escape(before) + (rf"\.({'|'.join(listed)})" if listed != [""] else "") + re.escape(after)

@@ -8,6 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from trainer.config.problems import shown
 from trainer.errors import ConfigError
 from trainer.options import (
     EXTRA,
@@ -97,7 +98,7 @@ def sweep(
     asked = read_sweep(file, profile=profile, overrides=given, seeds=seeds, trials=trials)
     name = study or asked.name
     if not name.replace("-", "_").replace(".", "_").isidentifier():
-        raise ConfigError("--study", repr(name), "letters, digits, -, _ and .", "choose such a name")
+        raise ConfigError("--study", shown(name), "letters, digits, -, _ and .", "choose such a name")
     folder = Path(asked.output_dir or asked.resolved(asked.first()).config.training.output_dir) / "sweeps" / name
     place = Storage(storage or default_url(folder), name, grace_seconds=grace_seconds)
     quiet_libraries()
@@ -130,7 +131,7 @@ def _show(sweep: "Sweep", tried: "Sequence[Tried]") -> None:
     for one in tried:
         if one.state.name == "FAIL":
             console.print(f"trial {one.first} failed: {one.why}", markup=False)
-    console.print(points.statement(sweep, ranked), markup=False)
+    console.print(points.statement(ranked), markup=False)
     if best := points.command(sweep, ranked):
         console.print(f"train the best:\n    {best}", markup=False)
 

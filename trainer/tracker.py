@@ -135,7 +135,7 @@ class SpoolTracker(Tracker):
         return self._spool.run_id
 
     @property
-    def last(self) -> int:  # type: ignore[override]
+    def last(self) -> int:  # type: ignore[override]  # a plain value elsewhere
         """Number of the last entry; while rows come again, of the last before the next of them.
 
         A resume point that is written meanwhile must find those that are still to come.

@@ -212,7 +212,7 @@ def reach_store(uri: str | None = None) -> Store:
             elif scheme in ("postgresql", "mysql", "mssql") or (
                 uri.startswith("sqlite") and sqlite_file(uri).is_file()  # one that is not there, MLflow makes
             ):
-                inspect(create_sqlalchemy_engine(uri)).has_table("experiments")  # type: ignore[no-untyped-call]
+                inspect(create_sqlalchemy_engine(uri)).has_table("experiments")  # type: ignore[no-untyped-call]  # MLflow's
     except TrackingError as error:
         if scheme == "sqlite" or not _AWAY.search(error.got):
             raise

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.config.load import SHORT_NAMES, load
-from trainer.config.problems import place
+from trainer.config.problems import place, shown
 from trainer.config.resolved import Resolved
 from trainer.errors import ConfigError
 
@@ -98,9 +98,7 @@ def _parse_arm(text: str) -> Arm:
             head,
         )
     if not strategy or not _NAME.fullmatch(name):
-        raise ConfigError(
-            "--strategies", repr(text)[:120], "STRATEGY, or NAME=STRATEGY", f"write arms such as {_EXAMPLE}"
-        )
+        raise ConfigError("--strategies", shown(text), "STRATEGY, or NAME=STRATEGY", f"write arms such as {_EXAMPLE}")
     check_settings(settings, f"--strategies, arm {name}")
     return Arm(name, strategy, {SHORT_NAMES.get(key, key): value for key, value in settings.items()})
 
@@ -129,7 +127,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     seeds = tuple(int(part) for part in parts if part.isascii() and part.isdecimal())
     if len(seeds) < len(parts) or len(set(seeds)) < len(seeds) or len(seeds) > _MOST_SEEDS:
-        raise ConfigError("--seeds", repr(text)[:120], "different whole numbers from 0", "write seeds such as 17,18,19")
+        raise ConfigError("--seeds", shown(text), "different whole numbers from 0", "write seeds such as 17,18,19")
     return seeds
 
 
