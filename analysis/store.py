@@ -27,7 +27,7 @@ from analysis.curves import Curve, last_write_wins
 from analysis.runs import PARENT, Imported, Run
 from trainer import names
 from trainer.addresses import sqlite_file, without_password
-from trainer.config.problems import nearest
+from trainer.config.problems import nearest, shown
 from trainer.errors import TrackingError
 from trainer.tracking import alone_at_birth, reach_store, told
 
@@ -301,7 +301,7 @@ class Store:
         if name not in found.values():
             raise TrackingError(
                 "--experiment",
-                name,
+                shown(name),
                 ", ".join(sorted(found.values())) or "none: the store is empty",
                 f"did you mean {near}?" if (near := nearest(name, found.values())) else "take one of these",
             )

@@ -77,7 +77,11 @@ def folder_of(model: str, *, weights: bool = False) -> Path:
 
 
 def read_config(model: str) -> Any:
-    """The `Qwen3VLConfig` of a model, without its weights."""
+    """The `Qwen3VLConfig` of a model, without its weights.
+
+    Raises:
+        ModelError: it cannot be found or read, or is no Qwen3-VL.
+    """
     if model.startswith("random:"):
         return qwen3_vl_config(model.removeprefix("random:"))
     folder = folder_of(model)

@@ -148,7 +148,11 @@ class _Naming:
         return listed, f"did you mean {ends[guess]}?" if guess else "correct the name"
 
     def matched(self, regex: str) -> list[str]:
-        """Linear layers whose full name, with or without its leading `model.`, the expression matches as a whole."""
+        """Linear layers whose full name, with or without its leading `model.`, the expression matches as a whole.
+
+        Raises:
+            StrategyError: there is none, or matching takes too long.
+        """
         try:
             with _at_most(_SECONDS):
                 return self._matched(regex)

@@ -297,7 +297,7 @@ def _diverged(step: int, found: str) -> Diverged:
     return Diverged(
         f"The resumed training is not what it was before the interruption, at step {step}: {found}. "
         "Something beside the configuration has changed: code, libraries, machine or data. "
-        "Nothing was logged twice. Start a new run (--resume never), or go on all the same (--allow-drift)."
+        "Nothing was logged twice. Start a new run (--resume never), or go on all the same (--allow_drift)."
     )
 
 

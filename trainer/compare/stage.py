@@ -16,6 +16,8 @@ Jobs = Mapping[tuple[str, int], Job]
 """(arm, seed) -> its run."""
 RATES_TRIED = "rates_tried"
 """What a comparison knows of the rates that it has tried out: arm -> rate -> loss."""
+HALVING_LINES = "halving_lines"
+"""What it knows of the decisions of halving: lines of Markdown, for its description."""
 
 
 class Failed(RuntimeError):
