@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,80 +12,116 @@ from rich.console import Console
 
 from trainer import names
 from trainer.errors import UserError
+from trainer.options import Commands, OneOf, all_of
 
 EXIT_USER, EXIT_INTERRUPTED = 2, 130
 
 
-def _empty_is_none(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+def _empty_is_default(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
     """`mlflow run` passes an empty text for a parameter that was not given."""
     return value if value != "" else parameter.get_default(context)
 
 
-def _options(*options: Callable[[Any], Any]) -> Callable[..., Any]:
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
+_option = partial(click.option, callback=_empty_is_default)
 
-    return add
-
-
-_experiment = click.option(
-    "--experiment", callback=_empty_is_none, help="Name of an MLflow experiment. [default: every run with a strategy]"
+_experiment = _option(
+    "--experiment",
+    metavar="NAME",
+    show_default="every run with a strategy",
+    help="Only runs of this MLflow experiment.",
 )
-_where = click.option(
-    "--where", callback=_empty_is_none, help="Only runs for which this holds: \"params.tuner.lora_rank = '16'\"."
-)
-_by = click.option(
+_where = _option("--where", metavar="FILTER", help="Only runs for which this holds: \"params.tuner.lora_rank = '16'\".")
+_by = _option(
     "--by",
-    callback=_empty_is_none,
+    metavar="METRIC",
     default=names.EVAL_LOSS_SMOOTHED,
     show_default=True,
     help="Metric to rank by, under the name that it has in MLflow.",
 )
-_at = click.option(
+_at = _option(
     "--at",
-    callback=_empty_is_none,
+    metavar="[final|best|samples=N|tokens=N|seconds=N]",
     default="final",
     show_default=True,
-    help="Where in a run it is read: final, best (its lowest eval loss), samples=N, tokens=N or seconds=N.",
+    help="Where in a run it is read; best: at its lowest eval loss.",
 )
-
-
-_axis = click.option(
+_axis = _option(
     "--axis",
-    callback=_empty_is_none,
-    type=click.Choice(["steps", "samples", "tokens", "epochs", "hours", ""]),
-    help="What runs along x. [default: samples where arms take different numbers in a step, else steps]",
+    type=OneOf(["steps", "samples", "tokens", "epochs", "hours"]),
+    show_default="samples where arms take different numbers in a step, else steps",
+    help="What runs along x.",
 )
+_local = click.option("--local", is_flag=True, help="Write files only; MLflow stays as it is.")
+_runs = all_of(_experiment, _by, _where)
 
 
 _HELP = """
 \b
 python -m analysis rank                       every run with a strategy, seeds pooled
 python -m analysis rank --at samples=1000     at equal samples, where accumulation differs
+python -m analysis plot                       curves, gaps, loss against cost as PNG and SVG
 python -m analysis report                     report.md and report.html, also in MLflow
 python -m analysis gallery                    images, truth and every arm's answer side by side
 python -m analysis promote                    the winner's checkpoint into the Model Registry
 python -m analysis import_published           the comparison that started this, as MLflow runs
+python -m analysis import_tensorboard runs/   event files of earlier experiments, as MLflow runs
+"""
+_RANK_HELP = """
+\b
+python -m analysis rank
+python -m analysis rank --by eval/loss --at samples=1000 --format markdown
+python -m analysis rank --where "params.tuner.lora_rank = '16'"
+python -m analysis rank --each --format csv             a row a run, for a spreadsheet
+"""
+_PLOT_HELP = """
+\b
+python -m analysis plot
+python -m analysis plot --by eval/loss --axis hours --out figures
+"""
+_REPORT_HELP = """
+\b
+python -m analysis report
+python -m analysis report --by eval/loss --axis samples --points 250,500,1000
+python -m analysis report --experiment stage_3_vision_comparison --out report --local
+"""
+_PROMOTE_HELP = """
+\b
+python -m analysis promote
+python -m analysis promote --by eval/loss --anyway      although it cannot be told from the second
+python -m trainer predict models:/qwen3vl-vision@champion photos/
+"""
+_GALLERY_HELP = """
+\b
+python -m analysis gallery
+python -m analysis gallery --seed 17 --records 50 --out gallery.html --local
+"""
+_PUBLISHED_HELP = """
+\b
+python -m analysis import_published
+python -m analysis rank --experiment published
+"""
+_TENSORBOARD_HELP = """
+\b
+python -m analysis import_tensorboard runs/
+python -m analysis rank --experiment tensorboard
 """
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_HELP)
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_HELP)
 def cli() -> None:
     """Compare what was trained: rank strategies and say how sure that is.
 
-    The MLflow store is that of MLFLOW_TRACKING_URI, by default sqlite:///mlflow.db.
+    The MLflow store is that of MLFLOW_TRACKING_URI, by default sqlite:///mlflow.db in the current folder.
     """
 
 
-@cli.command()
-@_options(_experiment, _by, _where, _at)
-@click.option(
+@cli.command(epilog=_RANK_HELP, short_help="Rank strategies and say how sure that is.")
+@_runs
+@_at
+@_option(
     "--format",
     "form",
-    callback=_empty_is_none,
-    type=click.Choice(["table", "markdown", "csv", "json", ""]),
+    type=OneOf(["table", "markdown", "csv", "json"]),
     default="table",
     show_default=True,
     help="What is printed.",
@@ -109,9 +146,11 @@ def rank(experiment: str | None, by: str, where: str | None, at: str, form: str,
         click.echo(tables.FORMATS[form](ranking), nl=False)
 
 
-@cli.command()
-@_options(_experiment, _by, _where, _at, _axis)
-@click.option("--out", callback=_empty_is_none, default="output/figures", show_default=True, help="Folder for them.")
+@cli.command(epilog=_PLOT_HELP, short_help="Draw what is ranked, as PNG and SVG.")
+@_runs
+@_at
+@_axis
+@_option("--out", metavar="FOLDER", default="output/figures", show_default=True, help="Where figures are written.")
 def plot(experiment: str | None, by: str, where: str | None, at: str, axis: str | None, out: str) -> None:
     """Draw what is ranked, as PNG and SVG: curves, gaps, loss against cost, loss by domain, sweeps.
 
@@ -131,13 +170,13 @@ def plot(experiment: str | None, by: str, where: str | None, at: str, axis: str 
         click.echo(f"not drawn: {run.name or run.id} {reason}", err=True)
 
 
-@cli.command()
-@_options(_experiment, _by, _where, _at, _axis)
-@click.option(
-    "--points", callback=_empty_is_none, help="Where curves are told: 500,1000,2000. [default: round numbers]"
-)
-@click.option("--out", callback=_empty_is_none, default="output/report", show_default=True, help="Folder for it.")
-@click.option("--local", is_flag=True, help="Write the files only; MLflow stays as it is.")
+@cli.command(epilog=_REPORT_HELP, short_help="Write the report on a comparison.")
+@_runs
+@_at
+@_axis
+@_option("--points", metavar="N,N,...", show_default="round numbers", help="Where on that axis curves are told.")
+@_option("--out", metavar="FOLDER", default="output/report", show_default=True, help="Where the report is written.")
+@_local
 def report(  # click's options say what they are
     experiment: str | None, by: str, where: str | None, at: str, axis: str | None, points: str | None, out: str,
     local: bool,
@@ -162,10 +201,11 @@ def report(  # click's options say what they are
         click.echo(f"in MLflow: artifacts `report` of run {log(store, comparison.ranking, files)}")
 
 
-@cli.command()
-@_options(_experiment, _by, _where, _at)
-@click.option("--name", callback=_empty_is_none, default="qwen3vl-vision", show_default=True, help="Registered model.")
-@click.option("--alias", callback=_empty_is_none, default="champion", show_default=True, help="Of the version.")
+@cli.command(epilog=_PROMOTE_HELP, short_help="Register the winner's checkpoint as models:/NAME@ALIAS.")
+@_runs
+@_at
+@_option("--name", metavar="NAME", default="qwen3vl-vision", show_default=True, help="Registered model.")
+@_option("--alias", metavar="NAME", default="champion", show_default=True, help="Alias of its new version.")
 @click.option("--anyway", is_flag=True, help="Also where the winner is not distinguishable from the second.")
 def promote(experiment: str | None, by: str, where: str | None, at: str, name: str, alias: str, anyway: bool) -> None:
     """Register the winner's best checkpoint in the MLflow Model Registry, under an alias that says: use this one.
@@ -185,13 +225,20 @@ def promote(experiment: str | None, by: str, where: str | None, at: str, name: s
     click.echo(f"models:/{name}@{alias} is version {version}: {best.run.name} ({best.run.id})")
 
 
-@cli.command()
-@_options(_experiment, _by, _where)
-@click.option("--seed", callback=_empty_is_none, help="Of the runs shown. [default: the lowest that all arms share]")
-@click.option("--records", type=click.IntRange(1, 10_000), default=200, show_default=True, help="Images at most.")
-@click.option("--val_jsonl", callback=_empty_is_none, help="Where the validation records are now.")
-@click.option("--out", callback=_empty_is_none, default="output/gallery.html", show_default=True, help="The page.")
-@click.option("--local", is_flag=True, help="Write the file only; MLflow stays as it is.")
+@cli.command(epilog=_GALLERY_HELP, short_help="Show images with the truth and each arm's answer.")
+@_runs
+@_option("--seed", metavar="N", show_default="the lowest that all arms share", help="Seed of the runs that are shown.")
+@click.option(
+    "--records", metavar="N", type=click.IntRange(1, 10_000), default=200, show_default=True, help="Images at most."
+)
+@_option(
+    "--val_jsonl",
+    metavar="FILE",
+    show_default="where they were in training",
+    help="Where the validation records are now.",
+)
+@_option("--out", metavar="FILE", default="output/gallery.html", show_default=True, help="HTML page to write.")
+@_local
 def gallery(
     experiment: str | None, by: str, where: str | None, seed: str | None, records: int, val_jsonl: str | None, out: str,
     local: bool,
@@ -221,9 +268,13 @@ def gallery(
         click.echo(f"in MLflow: artifact `gallery/{path.name}` of run {log_page(store, ranking, path)}")
 
 
-@cli.command("import_published")
-@click.option("--experiment", callback=_empty_is_none, default="published", show_default=True, help="Where they go.")
-@click.option("--file", "path", callback=_empty_is_none, help="YAML file. [default: all in experiments/published/]")
+@cli.command("import_published", epilog=_PUBLISHED_HELP, short_help="Make MLflow runs of published results.")
+@_option(
+    "--experiment", metavar="NAME", default="published", show_default=True, help="MLflow experiment that they go to."
+)
+@_option(
+    "--file", "path", metavar="FILE", show_default="all in experiments/published/", help="YAML file with the results."
+)
 def import_published(experiment: str, path: str | None) -> None:
     """Make MLflow runs of published results, tagged as published; a second import adds nothing."""
     from analysis.published import published_files, published_runs
@@ -234,9 +285,13 @@ def import_published(experiment: str, path: str | None) -> None:
     _import(Store(create=True), runs, experiment)
 
 
-@cli.command("import_tensorboard")
+@cli.command(
+    "import_tensorboard", epilog=_TENSORBOARD_HELP, short_help="Make MLflow runs of TensorBoard's event files."
+)
 @click.argument("folder")
-@click.option("--experiment", callback=_empty_is_none, default="tensorboard", show_default=True, help="Where they go.")
+@_option(
+    "--experiment", metavar="NAME", default="tensorboard", show_default=True, help="MLflow experiment that they go to."
+)
 def import_tensorboard(folder: str, experiment: str) -> None:
     """Make MLflow runs of the event files below FOLDER, a run a folder, with steps and wall times.
 
@@ -269,8 +324,9 @@ def main() -> NoReturn:
         click.echo(f"error: {error}", err=True)
         sys.exit(EXIT_USER)
     except OSError as error:  # a folder that is a file, or that nobody may write to
-        click.echo(f"error: {error.filename or 'a file'}\n  got:     {error.strerror or error}", err=True)
-        click.echo("  allowed: a place that can be written to\n  do:      give another --out", err=True)
+        where, got = str(error.filename or "a file"), error.strerror or str(error)
+        told = UserError(where, got, "a file or folder that can be written", "choose another place")
+        click.echo(f"error: {told}", err=True)
         sys.exit(EXIT_USER)
     except click.ClickException as error:
         error.show()

@@ -119,5 +119,10 @@ def parse_points(text: str) -> list[float]:
     except ValueError:
         points = []
     if not points or not all(0 <= point < math.inf for point in points):
-        raise UserError("--points", text, "numbers in the unit of the axis, with commas", "--points 500,1000,2000")
+        raise UserError(
+            "--points",
+            text,
+            "numbers in the unit of the axis, with commas",
+            "give numbers such as --points 500,1000,2000",
+        )
     return points

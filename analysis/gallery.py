@@ -95,7 +95,7 @@ def gather(store: Store, ranking: Ranking, *, seed: str | None, val_jsonl: Path 
     if not told:
         raise UserError(
             "gallery", "runs without generated answers", "runs with tracking.generate_records above 0",
-            "train with it; the default is",
+            "train with it, as the default does",
         )  # fmt: skip
     known = _records(store, [arms[label] for label in told], val_jsonl)
     shared = [name for name in next(iter(told.values())) if all(name in found for found in told.values())]
@@ -107,7 +107,12 @@ def gather(store: Store, ranking: Ranking, *, seed: str | None, val_jsonl: Path 
         if name in known
     ]
     if not images:
-        raise UserError("gallery", "arms that were scored on different images", "shared ones", "choose with --where")
+        raise UserError(
+            "gallery",
+            "arms that were scored on different images",
+            "arms with images in common",
+            "choose such arms with --where",
+        )
     images.sort(key=lambda image: (-image.disagreement, image.score))
     if len(images) > records:
         notes.append(f"the {records} images of most disagreement, of {len(images)}")

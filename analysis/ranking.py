@@ -98,7 +98,9 @@ def parse_at(text: str) -> At:
         limit = NAN
     if kind in ("samples", "tokens", "seconds") and 0 < limit < math.inf:
         return At(kind, limit)
-    raise UserError("--at", text, "best, final, samples=N, tokens=N or seconds=N", "for instance --at samples=2000")
+    raise UserError(
+        "--at", text, "best, final, samples=N, tokens=N or seconds=N", "give one of these, such as --at samples=2000"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from analysis.curves import Curve, last_write_wins
 from analysis.runs import PARENT, Imported, Run
 from trainer import names
 from trainer.addresses import sqlite_file, without_password
-from trainer.config.problems import nearest
+from trainer.config.problems import nearest, shown
 from trainer.errors import TrackingError
 from trainer.tracking import alone_at_birth, reach_store, told
 
@@ -111,15 +111,13 @@ class Store:
                         [*experiments], condition, ViewType.ACTIVE_ONLY, PAGE, ["attributes.start_time DESC"], token
                     )
             except TrackingError as error:
-                if where is None or not any(
-                    word in error.got.lower() for word in ("filter", "clause", "invalid", "expected")
-                ):
+                if where is None or not any(word in error.got.lower() for word in _OF_A_FILTER):
                     raise
                 raise TrackingError(
                     f"--where {where}",
                     error.got,
                     "comparisons of params, tags, metrics or attributes, joined by AND; texts in single quotes",
-                    "for instance --where \"params.tuner.lora_rank = '16' AND metrics.eval/loss < 0.6\"",
+                    "give one such as --where \"params.tuner.lora_rank = '16' AND metrics.eval/loss < 0.6\"",
                 ) from None
             yield from (_run(run, experiments[run.info.experiment_id]) for run in page)
             token = page.token
@@ -303,7 +301,7 @@ class Store:
         if name not in found.values():
             raise TrackingError(
                 "--experiment",
-                name,
+                shown(name),
                 ", ".join(sorted(found.values())) or "none: the store is empty",
                 f"did you mean {near}?" if (near := nearest(name, found.values())) else "take one of these",
             )
@@ -325,7 +323,7 @@ class Store:
         rows: list[tuple[str, int, int, float]] = []
         wanted = sorted(run_ids)
         while wanted:
-            answer = http_request_safe(  # type: ignore[no-untyped-call]
+            answer = http_request_safe(  # type: ignore[no-untyped-call]  # MLflow annotates neither
                 self._client._tracking_client.store.get_host_creds(),
                 _BULK_ROUTE,
                 "GET",

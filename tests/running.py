@@ -122,12 +122,12 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
     raise AssertionError(f"{text!r} never came; standard error was:\n{''.join(seen)}")
 
 
-def open_run(*, run_name: str, parent_run_id: str | None = None, close_seconds: float = 20) -> SpoolTracker:
+def open_run(*, run_name: str, close_seconds: float = 20) -> SpoolTracker:
     """The tracker of a new run whose folder lies below the current one; the store is that of the environment."""
     store = reach_store()
     folder = new_run(Path("runs"), Identity(run_name, {}, store.name))
     begun = Begun(folder.path, None, folder=folder)
-    return open_tracker(begun, store, run_name=run_name, close_seconds=close_seconds, parent_run_id=parent_run_id)
+    return open_tracker(begun, store, run_name=run_name, close_seconds=close_seconds)
 
 
 @contextmanager

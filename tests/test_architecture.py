@@ -1,6 +1,7 @@
 """DESIGN's one-way flow and the sizes that keep it readable, held by the syntax trees of the source itself."""
 
 import ast
+import re
 import subprocess
 import sys
 from fnmatch import fnmatchcase
@@ -85,7 +86,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "position": ("events",),
     "runs": ("durable", "errors", "spool"),
     "compare.children": ("launch", "names", "runs", "signals", "spool"),
-    "compare.jobs": ("compare.children", "errors", "launch"),
+    "compare.jobs": ("compare.children", "errors", "gpus", "launch"),
     "compare.arms": ("config.*", "errors"),
     "compare.asked": ("checkpoint", "compare.arms", "compare.jobs", "config.*", "runs"),
     "compare.parent": ("addresses", "begin", "errors", "names", "redact", "runs", "tracker", "tracking"),
@@ -289,6 +290,14 @@ def test_a_module_says_its_job_and_is_not_a_drawer(path: Path) -> None:
     assert path.stem not in ("utils", "util", "helpers", "common", "misc")
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= (500 if path.is_relative_to(ROOT / "tests") else 400)
+
+
+@pytest.mark.parametrize("path", files(*PACKAGES), ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_a_checker_is_told_to_overlook_has_its_reason_beside_it(path: Path) -> None:
+    """`noqa` and `type: ignore` name one rule each, and say why it does not hold there."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if re.search(r"# (noqa|type: ignore)", line):
+            assert re.search(r"# (noqa: [A-Z]+\d+|type: ignore\[[a-z-]+\])  # \S", line), line
 
 
 def test_functions_are_short() -> None:

@@ -109,7 +109,7 @@ def test_a_malformed_command_line_is_told_with_status_2(arguments: list[str], tm
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["run"], ["plan"], ["validate"], ["preview"], ["convert"], ["pocket-base"]],
+    [[], ["run"], ["plan"], ["validate"], ["preview"], ["convert"], ["pocket_base"], ["pocket-base"]],
     ids=lambda c: " ".join(c) or "trainer",
 )
 def test_help_of_every_command(command: list[str], tmp_path: Path) -> None:

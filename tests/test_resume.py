@@ -206,7 +206,7 @@ def test_another_configuration_is_refused_with_its_differences_or_allowed_and_ta
     changed = [*COMMAND, "--training.vit_lr", "2e-4", "--resume", str(interrupted.home)]
     refused = trainer(*changed, cwd=interrupted.folder, store=interrupted.store)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
-    assert "training.vit_lr: 0.00012 before, 0.0002 now" in refused.stderr and "--allow-drift" in refused.stderr
+    assert "training.vit_lr: 0.00012 before, 0.0002 now" in refused.stderr and "--allow_drift" in refused.stderr
     assert runs_in(interrupted.store)[0].info.status == "KILLED"
 
     done = trainer(*changed, "--allow-drift", cwd=interrupted.folder, store=interrupted.store)

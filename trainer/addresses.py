@@ -48,7 +48,10 @@ def tracking_uri() -> str:
         scheme = urlsplit(uri).scheme
     except ValueError as error:
         raise TrackingError(
-            "MLFLOW_TRACKING_URI", f"{_DATABASE_USER.sub('', uri)} ({error})", "an address", "correct it"
+            "MLFLOW_TRACKING_URI",
+            f"{_DATABASE_USER.sub('', uri)} ({error})",
+            "an address such as sqlite:///mlflow.db or http://HOST:5000",
+            "correct MLFLOW_TRACKING_URI",
         ) from None
     if scheme in ("", "file") and uri != "databricks":
         raise TrackingError(

@@ -227,11 +227,17 @@ def _allowed(folder: RunFolder, identity: Identity, allow_drift: bool) -> dict[s
         ConfigError: more than is allowed.
     """
     if folder.facts["state"] == "over":
-        raise ConfigError("--resume", f"{folder.path}, a run that is over", "an interrupted run", "use --resume never")
+        raise ConfigError(
+            "--resume",
+            f"{folder.path}, a run that is over",
+            "an interrupted run",
+            "start a new run with --resume never",
+        )
     if folder.facts["store"] != identity.store:
         raise ConfigError(
             "--resume", f"{folder.path}, whose MLflow run is in {folder.facts['store']}, not in {identity.store}",
-            "the same tracking store", f"MLFLOW_TRACKING_URI={folder.facts['store']}",
+            "the same tracking store",
+            f"set MLFLOW_TRACKING_URI={folder.facts['store']}, or start a new run with --resume never",
         )  # fmt: skip
     drift = identity.differences(folder.facts["params"])
     told = "".join(f"\n             {key}: {old} before, {new} now" for key, (old, new) in drift.items())
@@ -244,7 +250,7 @@ def _allowed(folder: RunFolder, identity: Identity, allow_drift: bool) -> dict[s
     if drift and not allow_drift:
         raise ConfigError(
             "--resume", f"{folder.path}, begun with another configuration:{told}", "the same configuration",
-            "use that one, start a new run with --resume never, or go on under the new one with --allow-drift",
+            "use that one, start a new run with --resume never, or go on under the new one with --allow_drift",
         )  # fmt: skip
     return drift
 
@@ -280,9 +286,7 @@ def restored(begun: Begun, restore: Callable[[Point], None]) -> None:
         raise unusable(begun.point.folder, BadCheckpoint(f"{type(error).__name__} {error}")) from None
 
 
-def open_tracker(
-    begun: Begun, store: Store, *, run_name: str, close_seconds: float, parent_run_id: str | None = None
-) -> SpoolTracker:
+def open_tracker(begun: Begun, store: Store, *, run_name: str, close_seconds: float) -> SpoolTracker:
     """Open the spool of a run; its MLflow run is made now where the store is there, else when it is.
 
     Args:
@@ -290,21 +294,18 @@ def open_tracker(
         store: where its MLflow run is.
         run_name: for the MLflow UI.
         close_seconds: how long the end of the run waits for the delivery.
-        parent_run_id: the run to hang a new one under.
 
     Raises:
         TrackingError: the store is there and refuses.
     """
     from trainer.tracking import MlflowDoor, beginning, told
 
-    assert begun.folder is not None  # noqa: S101
+    assert begun.folder is not None  # noqa: S101  # only the first rank opens one
     spool, redactor, door = begun.folder.spool, of_environment(), MlflowDoor(store.uri)
     if os.environ.get(names.PARENT_VARIABLE):
         spool.keep_all()  # whoever compares runs reads their losses there
     if spool.last == 0:
-        spool.append(
-            BEGIN, **redactor.tree(beginning(run_name=run_name, key=begun.folder.key, parent_run_id=parent_run_id))
-        )
+        spool.append(BEGIN, **redactor.tree(beginning(run_name=run_name, key=begun.folder.key)))
     else:
         spool.append(AGAIN)
     if not store.away:

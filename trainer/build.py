@@ -117,7 +117,7 @@ def plan_from(resolved: Resolved, shapes: Shapes) -> tuple[ParameterPlan, tuple[
 
 def strategy_from(config: Config) -> Strategy:
     """The arm that a configuration describes in its `strategy` section."""
-    assert config.strategy is not None  # noqa: S101
+    assert config.strategy is not None  # noqa: S101  # `plan_from` has looked
     vision, aligner, llm = config.strategy.vision, config.strategy.aligner, config.strategy.llm
     return Strategy(
         vision=Target(vision.stages[-1][1], Method(vision.method), "schedule" if vision.schedule else "blocks"),

@@ -6,14 +6,25 @@ from typing import Any
 import click
 from rich.console import Console
 
-from trainer import launch
-from trainer.config.load import SHORT_NAMES
+from trainer.config.problems import shown
 from trainer.errors import ConfigError
-from trainer.options import EXTRA, closes_mlflows_run, is_true, overrides, quiet_libraries, tell
+from trainer.options import (
+    EXTRA,
+    closes_mlflows_run,
+    is_true,
+    many_runs_options,
+    one_of,
+    overrides,
+    quiet_libraries,
+    switch,
+    tell,
+    whole_number,
+)
 
 STRATEGIES, SEEDS = "last6_lora,last6_full,all_lora,all_full,frozen_vision", "17,18,19"
 _OF_ALL = ("model", "train_jsonl", "val_jsonl", "max_steps")
 _POLICIES, _TRIALS = ("full", "halving"), ("0", "3", "5")
+_MOST_JOBS = 1000
 
 _EPILOG = """
 \b
@@ -27,35 +38,72 @@ to all arms: --training.num_train_epochs 3
 """
 
 
-@click.command(context_settings=EXTRA, epilog=_EPILOG)
-@click.option(
-    "--strategies", default=STRATEGIES, help=f"STRATEGY or NAME=STRATEGY[+key=value].  [default: {STRATEGIES}]"
+@click.command(
+    context_settings=EXTRA, epilog=_EPILOG, short_help="Train several strategies on several seeds; rank them."
 )
-@click.option("--seeds", default=SEEDS, help=f"With commas.  [default: {SEEDS}]")
-@click.option("--jobs", default="", help="Runs at once.  [default: one a GPU; without GPUs, one a core]")
-@click.option("--policy", default="", help="full, or halving: end arms early where that is safe.  [default: full]")
-@click.option("--tune", default="", help="Learning rates to try for every arm first: 0, 3 or 5.  [default: 0]")
-@click.option("--margin", default="", help="Of halving: share of the best loss that is no difference.  [default: 0.01]")
-@click.option("--error", default="", help="Of halving: chance of a wrong decision.  [default: 0.05]")
-@click.option("--profile", help="Scale: pocket, published, none, or a YAML file. [default: pocket for ours]")
-@click.option("--model", help="Base model (model.model).")
-@click.option("--train_jsonl", help="Training records (custom.train_jsonl).")
-@click.option("--val_jsonl", help="Validation records (custom.val_jsonl).")
-@click.option("--max_steps", help="Stop every run after so many optimizer steps (training.max_steps).")
-@click.option("--output_dir", default="output", help="Folder for the comparison's own folder.  [default: output]")
 @click.option(
-    "--dry_run", "--dry-run", is_flag=False, flag_value="true", default="", help="Only say what would be run."
+    "--strategies",
+    metavar="ARM,ARM,...",
+    default=STRATEGIES,
+    show_default=STRATEGIES.replace(",", ", "),
+    help="What is compared; each ARM is STRATEGY or NAME=STRATEGY, with +section.key=value as often as needed.",
 )
+@click.option("--seeds", metavar="N,N,...", default=SEEDS, show_default=True, help="Every arm is trained on each.")
+@click.option(
+    "--jobs", metavar="N", default="", show_default="one a GPU; without GPUs, one a core", help="Runs at once."
+)
+@click.option(
+    "--policy",
+    metavar=f"[{'|'.join(_POLICIES)}]",
+    default="full",
+    show_default=True,
+    help="full: every run to its end; halving: arms are ended early where that is safe.",
+)
+@click.option(
+    "--tune",
+    metavar=f"[{'|'.join(_TRIALS)}]",
+    default="0",
+    show_default=True,
+    help="Learning rates to try for every arm first.",
+)
+@click.option(
+    "--margin",
+    metavar="SHARE",
+    default="0.01",
+    show_default=True,
+    help="Of halving: share of the best loss that counts as no difference, above 0 and below 1.",
+)
+@click.option(
+    "--error",
+    metavar="CHANCE",
+    default="0.05",
+    show_default=True,
+    help="Of halving: chance of a wrong decision, above 0 and below 0.5.",
+)
+@many_runs_options
+@click.option(
+    "--output_dir",
+    metavar="FOLDER",
+    default="output",
+    show_default=True,
+    help="Folder that holds the folders of comparisons.",
+)
+@switch("--dry_run", "--dry-run", help="Only say what would be run.")
 @click.pass_context
 @closes_mlflows_run()
 def compare(context: click.Context, /, strategies: str, seeds: str, dry_run: str, **given: Any) -> None:
     """Train several strategies on several seeds, each run a process of its own, and rank them.
 
-    All runs lie below one parent run in MLflow, which gets rank, plots and report. Runs of one seed see the same
-    batches, whatever the arm.
+    All runs lie below one parent run in MLflow, which gets rank, plots and report. A folder of the comparison's own in
+    output_dir holds the folders of all runs, ranking.txt and report/. Runs of one seed see the same batches, whatever
+    the arm.
+
+    The status is 1 where some runs have failed; the others are ranked.
     """
     from trainer.compare.arms import enter, parse_arms, parse_seeds
     from trainer.compare.asked import Asked
+    from trainer.compare.jobs import gpus_to_deal
+    from trainer.config.load import SHORT_NAMES
 
     common = {SHORT_NAMES[key]: given[key] for key in _OF_ALL if given[key]}
     for name, value in overrides(context.args).items():
@@ -70,10 +118,10 @@ def compare(context: click.Context, /, strategies: str, seeds: str, dry_run: str
     arms = enter(parse_arms(strategies or STRATEGIES), wanted[0], profile, common)
     asked = Asked(
         arms, wanted, profile, common, Path(given["output_dir"] or "output"),
-        policy=_one_of("policy", given["policy"] or "full", _POLICIES),
-        tune=int(_one_of("tune", given["tune"] or "0", _TRIALS)),
-        margin=_share("margin", given["margin"] or "0.01"), error=_share("error", given["error"] or "0.05", 0.5),
-        jobs=_count("jobs", given["jobs"]), gpus=_gpus(common.get("launch.gpus")),
+        policy=one_of("--policy", given["policy"] or "full", _POLICIES),
+        tune=int(one_of("--tune", given["tune"] or "0", _TRIALS)),
+        margin=_share("--margin", given["margin"] or "0.01"), error=_share("--error", given["error"] or "0.05", 0.5),
+        jobs=whole_number("--jobs", given["jobs"], at_most=_MOST_JOBS), gpus=gpus_to_deal(common.get("launch.gpus")),
     )  # fmt: skip
     for resolved in {entered.resolved.path: entered.resolved for entered in arms}.values():
         tell(resolved)
@@ -97,33 +145,11 @@ def _run(asked: Any) -> None:
         raise SystemExit(1) from None
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ConfigError(name, repr(value)[:80], ", ".join(allowed), "take one of these")
-    return value
-
-
-def _share(name: str, text: str, below: float = 1.0) -> float:
+def _share(option: str, text: str, below: float = 1.0) -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 < value < below:
-        raise ConfigError(name, repr(text)[:80], f"a number between 0 and {below:g}", "for instance 0.01")
+        raise ConfigError(option, shown(text), f"a number above 0 and below {below:g}", "write a number such as 0.01")
     return value
-
-
-def _count(name: str, text: str) -> int | None:
-    if text and not (text.isascii() and text.isdecimal() and 0 < int(text) <= 1000):
-        raise ConfigError(name, repr(text)[:80], "a whole number from 1", "leave it out to have it chosen")
-    return int(text) if text else None
-
-
-def _gpus(named: str | None) -> tuple[str, ...]:
-    """Indices of the GPUs that runs may be dealt out to: those that are named, or all."""
-    if not launch.may_have_gpus():
-        return ()
-    from trainer import gpus  # imports torch
-
-    here = gpus.count(None)
-    return tuple(str(index) for index in range(here)) if not named or not here else tuple(named.split(","))

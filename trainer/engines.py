@@ -40,7 +40,7 @@ def join_ranks(zero: Mapping[str, Any] | None, plan: ParameterPlan, budget: Budg
     def make_zero() -> Accelerator:
         from trainer.zero2 import deepspeed_accelerator  # seconds of imports that most runs do not need
 
-        assert zero is not None  # noqa: S101
+        assert zero is not None  # noqa: S101  # else this is not called
         return deepspeed_accelerator(
             zero,
             micro_batch=budget.plan.micro_batch,

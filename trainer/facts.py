@@ -16,6 +16,7 @@ from trainer import names, provenance
 from trainer.budget import Budget
 from trainer.build import Prepared
 from trainer.checkpoint import MANIFEST
+from trainer.config.problems import counted
 from trainer.config.resolved import Resolved
 from trainer.curriculum import Course
 from trainer.data.records import RecordSet
@@ -191,10 +192,6 @@ def batch_arithmetic(budget: Budget) -> str:
     """`2 packs a micro-batch x 2 accumulated x 1 rank = 4 packs`."""
     plan = budget.plan
     noun = "sample" if plan.capacity is None else "pack"
-
-    def counted(number: int, what: str) -> str:
-        return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
     return (
         f"{counted(plan.micro_batch, noun)} a micro-batch x {plan.accumulation} accumulated "
         f"x {counted(plan.ranks, 'rank')} = {counted(budget.effective_batch, noun)}"

@@ -100,7 +100,11 @@ def start(nproc: int, arguments: Sequence[str]) -> int:
 
 
 def refuse_more_than_gpus(nproc: int, key: str) -> None:
-    """Raise ConfigError where there are GPUs here, and fewer than ranks; `key` has asked for these."""
+    """Give every rank a GPU of its own, where there are GPUs; `key` has asked for so many ranks.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
     if not may_have_gpus():
         return
     import torch

@@ -67,7 +67,7 @@ def folder_of(model: str, *, weights: bool = False) -> Path:
 
     try:
         return Path(snapshot_download(model, ignore_patterns=None if weights else ["*.safetensors", "*.bin", "*.pt*"]))
-    except Exception as error:  # noqa: BLE001  the hub raises a dozen kinds, all of which mean: not to be had
+    except Exception as error:  # noqa: BLE001  # the hub raises a dozen kinds, all of which mean: not to be had
         raise ModelError(
             "model.model",
             f"{model!r}, which is no folder, and the hub says: {str(error).splitlines()[0]}",
@@ -77,7 +77,11 @@ def folder_of(model: str, *, weights: bool = False) -> Path:
 
 
 def read_config(model: str) -> Any:
-    """The `Qwen3VLConfig` of a model, without its weights."""
+    """The `Qwen3VLConfig` of a model, without its weights.
+
+    Raises:
+        ModelError: it cannot be found or read, or is no Qwen3-VL.
+    """
     if model.startswith("random:"):
         return qwen3_vl_config(model.removeprefix("random:"))
     folder = folder_of(model)

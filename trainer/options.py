@@ -5,71 +5,126 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from trainer import launch, ranks
-from trainer.config.resolved import Resolved
+from trainer import launch
+from trainer.config.problems import shown
 from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.config.resolved import Resolved
 
 EXTRA = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 OVERRIDES_HELP = """
+CONFIG is a YAML file, or the name of one in experiments/, such as last6_lora. Any key of it can be overridden:
+--training.num_train_epochs 3 --tuner.lora_rank 8. All keys are in experiments/base.yaml.
+"""
+"""The end of the help of every command that takes CONFIG."""
+
+RUN_HELP = f"""
 \b
-CONFIG is a YAML file, or the name of one in experiments/ (last6_lora).
-Any key can be overridden: --training.num_train_epochs 3 --tuner.lora_rank 8
-"""
+python -m trainer run last6_lora
+python -m trainer run last6_full --seed 18 --training.num_train_epochs 2
+python -m trainer run last6_lora --train_jsonl data/train.jsonl --val_jsonl data/val.jsonl
+mlflow run . -e last6_lora -P seed=18         the same from a checkout, as a run that MLflow begins
+{OVERRIDES_HELP}"""
 
-PLAN_HELP = f"""{OVERRIDES_HELP}
-What is printed ends with memory and time. Memory and operations are computed from the model's shapes, what trains, and
-the samples of the first epoch. Time is that of an earlier run of the same work in training.output_dir on this machine;
-else, on a GPU that is known, operations at rates measured on an H200; else it is not known. A run in bfloat16 on a
-machine without a GPU is also told on as many H200s as launch.nproc says.
-"""
+PLAN_HELP = f"""
+\b
+python -m trainer plan last6_lora
+python -m trainer plan all_full --training.num_train_epochs 2 --tuner.lora_rank 8
+python -m trainer plan last6_lora --profile published --model random:4b
+{OVERRIDES_HELP}"""
 
-
-def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """CONFIG, the profile, and the short names of the keys that are overridden most."""
-    options: list[Callable[[Any], Any]] = [
-        click.argument("config"),
-        click.option("--profile", help="Scale: pocket, published, none, or a YAML file. [default: pocket for ours]"),
-        click.option("--model", help="Base model: pocket, random:4b, a folder, or a hub id (model.model)."),
-        click.option("--train_jsonl", help="Training records (custom.train_jsonl)."),
-        click.option("--val_jsonl", help="Validation records (custom.val_jsonl)."),
-        click.option("--seed", help="Seed of data order, dropout and new weights (training.seed)."),
-        click.option("--max_steps", help="Stop after so many optimizer steps (training.max_steps)."),
-        click.option("--output_dir", help="Folder for checkpoints (training.output_dir)."),
-        click.pass_context,
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+_Options = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def resume_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Whether an interrupted run is gone on with, and where it pauses."""
-    command = click.option(
-        "--pause_after_samples",
-        type=click.IntRange(min=1),
-        callback=_refuse_under_mlflow,
-        help="Pause after the first optimizer step that has seen so many training samples, with exit status 0: the "
-        "same command goes on bit-identical, with a larger number or without one.",
-    )(command)
-    command = click.option(
-        "--resume",
-        default="auto",
-        help="auto: go on with the newest interrupted run of this configuration in output_dir; never: a new run; "
-        "or the folder of an interrupted run, or of one of its resume points.  [default: auto]",
-    )(command)
-    return click.option(
-        "--allow-drift",
-        "--allow_drift",
-        is_flag=False,
-        flag_value="true",
-        default="",
-        help="Go on also under another configuration; the differences become the tag param_drift.",
-    )(command)
+class Commands(click.Group):
+    """Commands in the order in which they are needed, found under both spellings: `pocket_base` and `pocket-base`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names in the order in which they were added.
+
+        Args:
+            ctx: of the command line.
+        """
+        return list(self.commands)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name; commands are registered with underscores, as entry points of MLproject are.
+
+        Args:
+            ctx: of the command line.
+            cmd_name: as it was typed.
+        """
+        return super().get_command(ctx, cmd_name.replace("-", "_"))
+
+
+class OneOf(click.Choice[str]):
+    """A choice that lets the empty text through, which `mlflow run` passes for a parameter that was not given."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The value as it was given, one of the choices or empty.
+
+        Args:
+            value: as it was typed.
+            param: the option.
+            ctx: of the command line.
+        """
+        return "" if value == "" else super().convert(value, param, ctx)
+
+
+def all_of(*options: _Options) -> _Options:
+    """Several options as one decorator; help shows them in this order."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def switch(*names: str, **further: Any) -> _Options:
+    """An option that stands alone or takes true or false; its value is text for `is_true`, empty where not given.
+
+    It is no plain flag, because an entry point of MLproject cannot leave an option out: it passes an empty text.
+    """
+    return click.option(*names, is_flag=False, flag_value="true", default="", metavar="[true|false]", **further)
+
+
+_scale_and_data = all_of(
+    click.option(
+        "--profile",
+        metavar="NAME|FILE",
+        show_default="pocket for files of experiments/, else none",
+        help="Scale: pocket or published (experiments/profiles/), none, or a YAML file.",
+    ),
+    click.option(
+        "--model", metavar="MODEL", help="Base model: pocket, random:4b, a folder, or a hub id (model.model)."
+    ),
+    click.option("--train_jsonl", metavar="FILE", help="Training records (custom.train_jsonl)."),
+    click.option("--val_jsonl", metavar="FILE", help="Validation records (custom.val_jsonl)."),
+)
+
+config_options = all_of(
+    click.argument("config"),
+    _scale_and_data,
+    click.option("--seed", metavar="N", help="Seed of data order, dropout and new weights (training.seed)."),
+    click.option("--max_steps", metavar="N", help="Stop after so many optimizer steps (training.max_steps)."),
+    click.option("--output_dir", metavar="FOLDER", help="Folder that holds the folders of runs (training.output_dir)."),
+    click.pass_context,
+)
+"""CONFIG, the profile, and the short names of the keys that are overridden most."""
+
+many_runs_options = all_of(
+    _scale_and_data,
+    click.option("--max_steps", metavar="N", help="Stop every run after so many optimizer steps (training.max_steps)."),
+)
+"""Of `config_options` what commands take that train many configurations."""
 
 
 def _refuse_under_mlflow(_: click.Context, option: click.Parameter, samples: int | None) -> int | None:
@@ -86,26 +141,79 @@ def _refuse_under_mlflow(_: click.Context, option: click.Parameter, samples: int
     return samples
 
 
+resume_options = all_of(
+    click.option(
+        "--resume",
+        metavar="[auto|never|FOLDER]",
+        default="auto",
+        show_default=True,
+        help="auto: go on with the newest interrupted run of this configuration in output_dir; never: a new run; "
+        "or the folder of an interrupted run, or of one of its resume points.",
+    ),
+    switch(
+        "--allow_drift",
+        "--allow-drift",
+        help="Go on also under another configuration; the differences become the tag param_drift.",
+    ),
+    click.option(
+        "--pause_after_samples",
+        metavar="N",
+        type=click.IntRange(min=1),
+        callback=_refuse_under_mlflow,
+        help="Pause after the first optimizer step that has seen so many training samples, with exit status 0: the "
+        "same command goes on bit-identical, with a larger number or without one.",
+    ),
+)
+"""Whether an interrupted run is gone on with, and where it pauses."""
+
+
 def is_true(option: str, value: str) -> bool:
     """What `--option`, `--option true` and, from an entry point that was not given it, `--option ''` mean.
 
     Raises:
-        click.UsageError: anything else.
+        ConfigError: anything else.
     """
     known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}
     if value.lower() not in known:
-        raise click.UsageError(f"{option} {value!r}: expected true or false")
+        raise ConfigError(option, shown(value), "true or false", "write one of these, or the option alone")
     return known[value.lower()]
+
+
+def one_of(option: str, value: str, allowed: tuple[str, ...]) -> str:
+    """The value, checked where a run of MLflow can still be closed with the message.
+
+    Raises:
+        ConfigError: it is none of those that are allowed.
+    """
+    if value not in allowed:
+        raise ConfigError(option, shown(value), ", ".join(allowed), "take one of these")
+    return value
+
+
+def whole_number(option: str, text: str | None, *, at_most: int) -> int | None:
+    """A number from 1, or None where none was given.
+
+    Raises:
+        ConfigError: it is no such number.
+    """
+    if not text:
+        return None
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) <= at_most):
+        raise ConfigError(
+            option, shown(text), f"a whole number from 1 to {at_most}", "correct it, or leave the option out"
+        )
+    return int(text)
 
 
 def resolve(
     context: click.Context, config: str, profile: str | None, short: dict[str, str | None], *, resume: str = "never"
-) -> Resolved:
+) -> "Resolved":
     """The configuration that a command line means, as it holds on this machine and for a run that is gone on with.
 
     Raises:
         ConfigError: anything wrong in it.
     """
+    from trainer import ranks
     from trainer.config.load import load
 
     given = {key: value for key, value in short.items() if value}
@@ -132,7 +240,7 @@ def closes_mlflows_run() -> Iterator[None]:
         raise
 
 
-def tell(resolved: Resolved) -> None:
+def tell(resolved: "Resolved") -> None:
     """Say once what is legal and changes nothing, or is probably not meant."""
     for line in (*resolved.warnings, *resolved.no_effect) if launch.is_first() else ():
         click.echo(line, err=True)
@@ -161,5 +269,5 @@ def quiet_libraries() -> None:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of fonts, and of the list it makes of them once
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # theirs
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers annotates neither
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # as above

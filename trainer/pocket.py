@@ -6,7 +6,6 @@
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from trainer.data.prompts import Language, Scheme, Taxonomy
 from trainer.data.records import Record, read_records
 from trainer.data.template import END_TOKEN, IMAGE_TOKEN, Encoder, mrope_positions
 from trainer.generation import answer_lengths, caption
-from trainer.model import POCKET, Tools, load_model, load_tools
+from trainer.model import Tools, load_model, load_tools
 from trainer.pocket_cells import CellHeads, cells_of
 from trainer.pocket_model import build_tokenizer, initial_model, pocket_config
 from trainer.pocket_phases import (
@@ -40,7 +39,7 @@ from trainer.pocket_phases import (
 )
 from trainer.scoring import Score
 
-__all__ = ["POCKET", "Recipe", "pocket_config", "train_base"]
+__all__ = ["Recipe", "pocket_config", "train_base"]
 
 
 _WARM_UP = Phase(steps=1000, batch=48, muon=0.015, adam=2e-3)
@@ -64,15 +63,13 @@ class Recipe:
     threads: int = 2
 
 
-def train_base(
-    output_dir: str | Path, *, recipe: Recipe | None = None, cache: Path | None = None, say: Say = print
-) -> Path:
+def train_base(output_dir: str | Path, *, recipe: Recipe | None = None, say: Say = print) -> Path:
     """Train the pocket from random weights and write it with its figures.
 
     Args:
-        output_dir: becomes a model folder in Hugging Face layout with a `pocket.json`.
+        output_dir: becomes a model folder in Hugging Face layout with a `pocket.json`; the printed digits that it is
+            trained on go to a folder beside it.
         recipe: seed, data, phases; the default is that of the shipped weights.
-        cache: where the printed digits go; by default a folder beside the output.
         say: gets lines of progress.
 
     Returns:
@@ -83,7 +80,7 @@ def train_base(
     torch.set_num_threads(recipe.threads)
     folder.mkdir(parents=True, exist_ok=True)
     data = ensure_digits(
-        cache or folder.parent / "digits",
+        folder.parent / "digits",
         seed=recipe.seed,
         n_train=recipe.n_train,
         n_val=recipe.n_val,
@@ -172,7 +169,7 @@ def write_card(
     """Measure the weights in `folder` and write what they are into `pocket.json`."""
     card = {
         "what": "Qwen3-VL at pocket size, trained on printed digits: stands for the stage-2 merged model",
-        "command": "python -m trainer pocket-base --output_dir output/pocket_base",
+        "command": "python -m trainer pocket_base --output_dir output/pocket_base",
         "seconds": {name: round(value) for name, value in seconds.items()},
         "recipe": asdict(recipe),
         "data": {"look": "printed", "train_digest": _digest(data.train), "val_digest": _digest(data.val)},
@@ -227,9 +224,3 @@ def _digest(jsonl: Path) -> str:
         for image in record.images:
             digest.update(image.path.read_bytes())
     return digest.hexdigest()
-
-
-def ship(folder: Path, to: Path = POCKET) -> None:
-    """Put a trained folder in the place of the shipped one."""
-    shutil.rmtree(to, ignore_errors=True)
-    shutil.copytree(folder, to)

@@ -175,7 +175,7 @@ def initial_model(config: Qwen3VLConfig, seed: int) -> Qwen3VLForConditionalGene
         model.model.language_model.embed_tokens.weight.normal_(std=0.5)
         model.model.language_model.norm.weight.fill_(0.2)
     settings = model.generation_config
-    assert settings is not None  # noqa: S101  every model that can generate has one
+    assert settings is not None  # noqa: S101  # every model that can generate has one
     llm = model.model.language_model.config
     settings.eos_token_id, settings.pad_token_id = llm.eos_token_id, llm.pad_token_id
     return model

@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer import launch, names
 from trainer.addresses import store_name, tracking_uri, without_credentials
-from trainer.config.problems import place
+from trainer.config.problems import counted, place
 from trainer.config.resolved import Resolved
 from trainer.config.schema import Launch
 from trainer.errors import ConfigError
@@ -64,7 +64,7 @@ def _on_hosts(resolved: Resolved, asked: Launch) -> Resolved:
     ranks = sum(host.slots for host in hosts)
     whole, where = resolved.config.training.gradient_accumulation_steps, place(resolved.origins[_NPROC], _NPROC)
     if asked.nproc == "auto" and whole % ranks == 0:
-        return _with(resolved, ranks, f"on {_counted(len(hosts), 'host')}", here=max(host.slots for host in hosts))
+        return _with(resolved, ranks, f"on {counted(len(hosts), 'host')}", here=max(host.slots for host in hosts))
     if asked.nproc == ranks:
         return resolved
     if asked.nproc == "auto":
@@ -84,12 +84,8 @@ def _with(resolved: Resolved, ranks: int, why: str, *, here: int | None = None) 
         shared = f"{whole} ({origins[_ACCUMULATION]}) / {ranks} ranks"
         settled = settled.with_value("training", "gradient_accumulation_steps", each, shared)
     threads = launch.threads(here or ranks)
-    told = f"{_counted(ranks, 'rank')} of {_counted(threads, 'thread')}, {why}"
+    told = f"{counted(ranks, 'rank')} of {counted(threads, 'thread')}, {why}"
     return replace(settled, chosen=told + (f"; accumulation {whole} -> {each} each" if ranks > 1 else ""))
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _started(whole: int, where: str) -> int:

@@ -122,7 +122,7 @@ class _Naming:
                 self.where("modules_to_save"),
                 f"{shown(name)}, the end of {len(hits)} modules: {_some(hits)}",
                 "full module names, or ends that only one module has",
-                f"write the full names of those that are meant, for example {hits[-1]}",
+                f"write the full names of those that are meant, such as {hits[-1]}",
             )
         unit = unit_of(f"{hits[0]}.weight")
         if unit not in (None, hits[0]):
@@ -148,7 +148,11 @@ class _Naming:
         return listed, f"did you mean {ends[guess]}?" if guess else "correct the name"
 
     def matched(self, regex: str) -> list[str]:
-        """Linear layers whose full name, with or without its leading `model.`, the expression matches as a whole."""
+        """Linear layers whose full name, with or without its leading `model.`, the expression matches as a whole.
+
+        Raises:
+            StrategyError: there is none, or matching takes too long.
+        """
         try:
             with _at_most(_SECONDS):
                 return self._matched(regex)
@@ -265,7 +269,9 @@ def _patterns(modules: Iterable[str]) -> list[str]:
     """Regular expressions that together match these names and no others; one for all that differ in the index alone."""
     indices: dict[tuple[str, str], list[str]] = {}
     for module in modules:
-        before, index, after = re.fullmatch(r"(.*?)(?:\.(\d+)(\..+)?)?", module).groups("")  # type: ignore[union-attr]
+        whole = re.fullmatch(r"(.*?)(?:\.(\d+)(\..+)?)?", module)
+        assert whole is not None  # noqa: S101  # it matches every name
+        before, index, after = whole.groups("")
         indices.setdefault((before, after), []).append(index)
     return [
         re.escape(before) + (rf"\.({'|'.join(listed)})" if listed != [""] else "") + re.escape(after)

@@ -189,7 +189,10 @@ def read_facts(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise ConfigError(
-        "--resume", f"{path}, which holds no run", "`auto`, `never`, or the folder of a run in output_dir", "check it"
+        "--resume",
+        f"{path}, which holds no run",
+        "`auto`, `never`, or the folder of a run in output_dir",
+        "check the path",
     )
 
 
@@ -231,7 +234,11 @@ def one_at_a_time(parent: Path) -> Iterator[None]:
 
 @contextmanager
 def disk(path: Path) -> Iterator[None]:
-    """What keeps a folder from being used becomes one message."""
+    """While a folder is used: what the disk refuses becomes one message.
+
+    Raises:
+        ConfigError: the disk has refused something.
+    """
     try:
         yield
     except OSError as error:
@@ -239,7 +246,7 @@ def disk(path: Path) -> Iterator[None]:
             "training.output_dir",
             f"{path}: {error.strerror or error}",
             "a folder that can be written",
-            "choose another",
+            "choose another place",
         ) from None
 
 

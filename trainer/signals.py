@@ -48,7 +48,11 @@ class Signals:
 
     @contextmanager
     def in_training(self) -> Iterator[None]:
-        """While this lasts, the end is a wish that training fulfils after its current step."""
+        """While this lasts, the end is a wish that training fulfils after its current step.
+
+        Raises:
+            Interrupted: the wish came when no step was left to fulfil it.
+        """
         self._in_training = True
         try:
             yield

@@ -8,13 +8,26 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from trainer.config.problems import shown
 from trainer.errors import ConfigError
-from trainer.options import EXTRA, closes_mlflows_run, is_true, overrides, quiet_libraries
+from trainer.options import (
+    EXTRA,
+    closes_mlflows_run,
+    is_true,
+    many_runs_options,
+    overrides,
+    quiet_libraries,
+    switch,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from trainer.sweep.conduct import Plan
     from trainer.sweep.study import Tried
     from trainer.sweep.sweep_file import Sweep
+
+_MOST = 10**6
+"""Of jobs, and of seconds."""
 
 _EPILOG = """
 \b
@@ -28,37 +41,64 @@ interrupted, and shows its ranking when it is over.
 """
 
 
-@click.command(context_settings=EXTRA, epilog=_EPILOG)
+@click.command(context_settings=EXTRA, epilog=_EPILOG, short_help="Try the points of a sweep's file, each as a run.")
 @click.argument("file")
-@click.option("--storage", envvar="SWEEP_STORAGE", help="Database of the study. [default: a file in its folder]")
-@click.option("--study", help="Name of the study that workers share. [default: that of FILE]")
-@click.option("--seeds", help="Comma-separated, instead of the file's.")
-@click.option("--trials", help="How many points to try, where the sampler is not grid; instead of the file's.")
-@click.option("--jobs", help="Trials at once on this machine. [default: one a GPU, else one a core]")
-@click.option("--grace", default="120", help="Seconds of silence after which a worker counts as dead.  [default: 120]")
-@click.option("--dry_run", "--dry-run", is_flag=False, flag_value="true", default="", help="Show what would be done.")
-@click.option("--profile", help="Scale: pocket, published, none, or a YAML file. [default: pocket for ours]")
-@click.option("--model", help="Base model (model.model).")
-@click.option("--train_jsonl", help="Training records (custom.train_jsonl).")
-@click.option("--val_jsonl", help="Validation records (custom.val_jsonl).")
-@click.option("--max_steps", help="Stop every trial after so many optimizer steps (training.max_steps).")
-@click.option("--output_dir", help="Its folder `sweeps` holds all trials (training.output_dir).")
+@click.option(
+    "--storage",
+    metavar="URL",
+    envvar="SWEEP_STORAGE",
+    show_envvar=True,
+    show_default="an SQLite file in the sweep's folder",
+    help="Database of the study, which workers on several machines share.",
+)
+@click.option("--study", metavar="NAME", show_default="that of FILE", help="Name of the study that workers share.")
+@click.option("--seeds", metavar="N,N,...", show_default="as the file says", help="Every point is trained on each.")
+@click.option(
+    "--trials",
+    metavar="N",
+    show_default="as the file says",
+    help="How many points to try, where the sampler is not grid.",
+)
+@click.option(
+    "--jobs", metavar="N", show_default="one a GPU; without GPUs, one a core", help="Trials at once on this machine."
+)
+@click.option(
+    "--grace",
+    metavar="SECONDS",
+    default="120",
+    show_default=True,
+    help="Silence after which a worker counts as dead.",
+)
+@many_runs_options
+@click.option(
+    "--output_dir",
+    metavar="FOLDER",
+    show_default="as the configuration says",
+    help="Its folder `sweeps` holds all trials (training.output_dir).",
+)
+@switch("--dry_run", "--dry-run", help="Only show the points, and what would be done.")
 @click.pass_context
 @closes_mlflows_run()
 def sweep(
     context: click.Context, /, file: str, storage: str | None, study: str | None, seeds: str | None, trials: str | None,
     jobs: str | None, grace: str, dry_run: str, profile: str | None, **short: str | None,
 ) -> None:  # fmt: skip
-    """Try the points of FILE, a sweep, each as a run of its own; several workers share them out."""
+    """Try the points of FILE, a sweep, each as a run of its own; several workers share them out.
+
+    FILE is a YAML file, or the name of one in experiments/sweeps/. All trials lie below one run in MLflow, which gets
+    the points, best first, as table, CSV and JSON; their folders are in sweeps/STUDY in output_dir. The status is 1
+    where a trial has failed.
+    """
     given = {key: value for key, value in short.items() if value} | overrides(context.args)
-    at_once, grace_seconds = _whole("--jobs", jobs), _whole("--grace", grace) or 120
+    at_once = whole_number("--jobs", jobs, at_most=_MOST)
+    grace_seconds = whole_number("--grace", grace, at_most=_MOST) or 120
     from trainer.sweep.storage import Storage, default_url
     from trainer.sweep.sweep_file import read_sweep
 
     asked = read_sweep(file, profile=profile, overrides=given, seeds=seeds, trials=trials)
     name = study or asked.name
     if not name.replace("-", "_").replace(".", "_").isidentifier():
-        raise ConfigError("--study", repr(name), "letters, digits, -, _ and .", "choose such a name")
+        raise ConfigError("--study", shown(name), "letters, digits, -, _ and .", "choose such a name")
     folder = Path(asked.output_dir or asked.resolved(asked.first()).config.training.output_dir) / "sweeps" / name
     place = Storage(storage or default_url(folder), name, grace_seconds=grace_seconds)
     quiet_libraries()
@@ -81,14 +121,6 @@ def sweep(
         raise SystemExit(1)
 
 
-def _whole(option: str, text: str | None) -> int | None:
-    if not text:
-        return None
-    if not text.isdecimal() or not 0 < int(text) <= 10**6:
-        raise ConfigError(option, repr(text), "a whole number above 0", "correct it")
-    return int(text)
-
-
 def _show(sweep: "Sweep", tried: "Sequence[Tried]") -> None:
     """The ranking, what failed, what the order is worth, and the command that trains the best."""
     from trainer.sweep import points
@@ -99,7 +131,7 @@ def _show(sweep: "Sweep", tried: "Sequence[Tried]") -> None:
     for one in tried:
         if one.state.name == "FAIL":
             console.print(f"trial {one.first} failed: {one.why}", markup=False)
-    console.print(points.statement(sweep, ranked), markup=False)
+    console.print(points.statement(ranked), markup=False)
     if best := points.command(sweep, ranked):
         console.print(f"train the best:\n    {best}", markup=False)
 

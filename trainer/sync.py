@@ -74,7 +74,9 @@ def sync(folders: Iterable[Path], watch: Callable[[Path, int, int], None]) -> li
     for parent in folders:
         below = [file.parent for file in parent.rglob(RUN_FILE)]  # runs of comparisons and sweeps lie deeper
         if not below:
-            raise ConfigError("sync", f"{parent}, which holds no run", "folders of runs, such as output", "check it")
+            raise ConfigError(
+                "sync", f"{parent}, which holds no run", "folders of runs, such as output", "check the path"
+            )
         found |= {path.resolve(): path for path in below}
     return [_sync(path, watch) for path in sorted(found.values())]
 

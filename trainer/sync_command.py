@@ -10,18 +10,22 @@ from trainer.options import quiet_libraries
 
 _EPILOG = """
 \b
-python -m trainer sync output                          every run in it
-python -m trainer sync output/last6_lora-seed17-…      one run
+python -m trainer sync output                          every run in it, those of comparisons and sweeps too
+python -m trainer sync output/last6_lora-seed17-*      some of them
 
 The store is the one that a run was begun with. A password is taken from the environment, as MLflow does. Whatever is
 sent twice is there once: the command can be given again, also while other runs train.
 """
 
 
-@click.command(epilog=_EPILOG)
+@click.command(epilog=_EPILOG, short_help="Deliver to MLflow what runs could not.")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
 def sync(folders: tuple[Path, ...]) -> None:
-    """Deliver to MLflow what the runs in FOLDERS could not, and close runs whose process has died."""
+    """Deliver to MLflow what the runs in FOLDERS could not, and close runs whose process has died.
+
+    FOLDERS are those of runs, or hold such folders. The status is 1 where something could not be delivered: it stays
+    beside its run. Runs that are training now are left alone; they deliver by themselves.
+    """
     quiet_libraries()
     from trainer.sync import STILL_TRAINING  # MLflow
     from trainer.sync import sync as deliver

@@ -135,7 +135,7 @@ class SpoolTracker(Tracker):
         return self._spool.run_id
 
     @property
-    def last(self) -> int:  # type: ignore[override]
+    def last(self) -> int:  # type: ignore[override]  # a plain value elsewhere
         """Number of the last entry; while rows come again, of the last before the next of them.
 
         A resume point that is written meanwhile must find those that are still to come.
@@ -297,7 +297,7 @@ def _diverged(step: int, found: str) -> Diverged:
     return Diverged(
         f"The resumed training is not what it was before the interruption, at step {step}: {found}. "
         "Something beside the configuration has changed: code, libraries, machine or data. "
-        "Nothing was logged twice. Start a new run (--resume never), or go on all the same (--allow-drift)."
+        "Nothing was logged twice. Start a new run (--resume never), or go on all the same (--allow_drift)."
     )
 
 

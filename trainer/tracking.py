@@ -164,16 +164,17 @@ def _parts(together: list[Entry]) -> list[Entry]:
     return together if len(together) > 1 else parts if len(parts) > 1 else []
 
 
-def beginning(*, run_name: str, key: str, parent_run_id: str | None = None) -> dict[str, Any]:
+def beginning(*, run_name: str, key: str) -> dict[str, Any]:
     """What the first entry of a spool says: which run to adopt, or what a new one is to be.
+
+    A new one is hung under the run that the environment names, or under one that is active in this process.
 
     Args:
         run_name: for the MLflow UI; an adopted run takes it too, unless the user named that one.
         key: of this training, on every machine.
-        parent_run_id: the run to hang a new one under; None: that of the environment, or one active in this process.
     """
     active = mlflow.active_run()
-    parent = parent_run_id or os.environ.get(names.PARENT_VARIABLE) or (active.info.run_id if active else None)
+    parent = os.environ.get(names.PARENT_VARIABLE) or (active.info.run_id if active else None)
     tags = {MLFLOW_RUN_NAME: run_name, names.TAG_KEY: key} | ({MLFLOW_PARENT_RUN_ID: parent} if parent else {})
     tags |= json.loads(os.environ.get(names.TAGS_VARIABLE) or "{}")
     return {
@@ -212,7 +213,7 @@ def reach_store(uri: str | None = None) -> Store:
             elif scheme in ("postgresql", "mysql", "mssql") or (
                 uri.startswith("sqlite") and sqlite_file(uri).is_file()  # one that is not there, MLflow makes
             ):
-                inspect(create_sqlalchemy_engine(uri)).has_table("experiments")  # type: ignore[no-untyped-call]
+                inspect(create_sqlalchemy_engine(uri)).has_table("experiments")  # type: ignore[no-untyped-call]  # MLflow's
     except TrackingError as error:
         if scheme == "sqlite" or not _AWAY.search(error.got):
             raise
@@ -263,7 +264,11 @@ def _short_patience() -> Iterator[None]:
 
 @contextmanager
 def told(uri: str) -> Iterator[None]:
-    """Whatever keeps a store from being used becomes one message without passwords."""
+    """While a store is used: whatever keeps it from that becomes one message without passwords.
+
+    Raises:
+        TrackingError: something did.
+    """
     try:
         yield
     except UserError:
@@ -287,7 +292,11 @@ def told(uri: str) -> Iterator[None]:
 
 @contextmanager
 def refused(uri: str) -> Iterator[None]:
-    """A server that knows the user and does not let them is a mistake, and no outage."""
+    """While a store is written to: a server that knows the user and does not let them is a mistake, and no outage.
+
+    Raises:
+        TrackingError: it does not let them.
+    """
     try:
         yield
     except MlflowException as error:

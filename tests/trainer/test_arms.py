@@ -38,7 +38,7 @@ def test_an_arm_is_a_strategy_or_has_a_name_and_settings_of_its_own() -> None:
         ("a=last6_lora,a=last6_full", "a more than once"),
         ("a=last6_lora+training.seed=3", "seeds says it here"),
         ("a=last6_lora+output_dir=x", "output_dir says it here"),
-        ("a=last6_lora+tracking.arm=b", "NAME=STRATEGY in strategies says it here"),
+        ("a=last6_lora+tracking.arm=b", "NAME=STRATEGY in --strategies says it here"),
     ],
 )
 def test_what_is_no_arm_is_told(text: str, said: str) -> None:
@@ -89,8 +89,8 @@ def test_the_rate_that_is_tried_is_that_of_vision_where_vision_trains() -> None:
         (["--seeds", "17,x"], "different whole numbers"),
         (["--policy", "quarter"], "full, halving"),
         (["--tune", "2"], "0, 3, 5"),
-        (["--margin", "1 %"], "a number between 0 and 1"),
-        (["--error", "0.7"], "a number between 0 and 0.5"),
+        (["--margin", "1 %"], "a number above 0 and below 1"),
+        (["--error", "0.7"], "a number above 0 and below 0.5"),
         (["--jobs", "0"], "a whole number from 1"),
         (["--max_steps", "2", "--training.max_steps", "3"], "given twice"),
         (["--policy", "halving", "--training.eval_steps", "2"], "training.eval_samples"),

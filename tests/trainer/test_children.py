@@ -15,7 +15,7 @@ import pytest
 from tests.running import ROOT, environment
 from trainer import names
 from trainer.compare import children
-from trainer.compare.children import Child, Evaluated, Job, is_held, standing
+from trainer.compare.children import Child, Evaluated, Job, is_held, last_words, standing
 from trainer.compare.jobs import Board, Ended, room_for, run_all
 from trainer.errors import ConfigError
 from trainer.runs import Identity, new_run
@@ -249,3 +249,13 @@ def test_cores_are_shared_by_the_runs_at_once(monkeypatch: pytest.MonkeyPatch) -
     found = [room_for(asked, ranks=1, gpus=[], runs=runs) for asked, runs in ((None, 15), (None, 2), (3, 15), (12, 15))]
     assert [(room.jobs, room.threads) for room in found] == [(6, 1), (2, 3), (3, 2), (12, 1)]
     assert set(found[0].gpus) == {None}
+
+
+def test_last_words_are_the_message_of_a_log_or_its_last_line(tmp_path: Path) -> None:
+    """Of several attempts, those of the last."""
+    log = tmp_path / "log.txt"
+    assert last_words(log) == []
+    log.write_text("error: of before\nerror: a\n  got:     b\n  allowed: c\n  do:      d\nsome more\n")
+    assert last_words(log) == ["error: a", "  got:     b", "  allowed: c", "  do:      d"]
+    log.write_text("one\n  two\n\n")
+    assert last_words(log) == ["  two"]

@@ -15,9 +15,9 @@ from trainer.data.digits import WORDS, ensure_digits
 from trainer.data.loader import collate
 from trainer.data.prompts import Language, Scheme, system_prompt, user_prompt
 from trainer.data.records import read_records
-from trainer.model import load_tools, parameter_shapes, read_config
+from trainer.model import POCKET, load_tools, parameter_shapes, read_config
 from trainer.muon import Muon
-from trainer.pocket import POCKET, Recipe, load_scenes, make_encoder, prompt_tokens, train_base
+from trainer.pocket import Recipe, load_scenes, make_encoder, prompt_tokens, train_base
 from trainer.pocket_model import SPECIAL_TOKENS, pocket_config
 from trainer.pocket_phases import Phase, batched_attention, caption_losses, patches, see
 

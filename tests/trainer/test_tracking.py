@@ -204,7 +204,8 @@ def test_a_named_parent_gets_a_child_in_its_experiment(
     parent = made_by_mlflow_run(store)
     if under_mlflow_run:
         monkeypatch.setenv("MLFLOW_RUN_ID", parent)
-    with open_run(run_name="child", parent_run_id=parent) as tracker:
+    monkeypatch.setenv(names.PARENT_VARIABLE, parent)
+    with open_run(run_name="child") as tracker:
         pass
     assert tracker.run_id != parent
     child = MlflowClient(store).get_run(tracker.run_id)

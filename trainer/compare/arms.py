@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.config.load import SHORT_NAMES, load
-from trainer.config.problems import place
+from trainer.config.problems import place, shown
 from trainer.config.resolved import Resolved
 from trainer.errors import ConfigError
 
@@ -14,10 +14,10 @@ _NAME = re.compile(r"[\w.+=-]{1,80}")
 _BETWEEN_ARMS = re.compile(r",(?![^\[]*\])")  # not inside of a list
 _BETWEEN_SETTINGS = re.compile(r"\+(?=[A-Za-z_][\w.]*=)")  # 1e+4 is a number
 _OURS = {
-    "training.seed": "seeds",
-    "training.output_dir": "output_dir",
+    "training.seed": "--seeds",
+    "training.output_dir": "--output_dir",
     "training.run_name": "the arm and its seed",
-    "tracking.arm": "NAME=STRATEGY in strategies",
+    "tracking.arm": "NAME=STRATEGY in --strategies",
 }
 """Settings that belong to the comparison: every run has its own."""
 _EXAMPLE = "last6_lora,last6_full, or a=last6_lora,b=last6_lora+training.vit_lr=1e-4"
@@ -82,7 +82,7 @@ def parse_arms(text: str) -> tuple[Arm, ...]:
     names = [arm.name for arm in arms]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
-            "strategies", f"{', '.join(twice)} more than once", "arms of different names",
+            "--strategies", f"{', '.join(twice)} more than once", "arms of different names",
             f"name them: a={twice[0].partition('+')[0]},b={twice[0].partition('+')[0]}",
         )  # fmt: skip
     return arms
@@ -98,8 +98,8 @@ def _parse_arm(text: str) -> Arm:
             head,
         )
     if not strategy or not _NAME.fullmatch(name):
-        raise ConfigError("strategies", repr(text)[:120], "STRATEGY, or NAME=STRATEGY", f"for instance {_EXAMPLE}")
-    check_settings(settings, f"strategies, arm {name}")
+        raise ConfigError("--strategies", shown(text), "STRATEGY, or NAME=STRATEGY", f"write arms such as {_EXAMPLE}")
+    check_settings(settings, f"--strategies, arm {name}")
     return Arm(name, strategy, {SHORT_NAMES.get(key, key): value for key, value in settings.items()})
 
 
@@ -127,7 +127,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     seeds = tuple(int(part) for part in parts if part.isascii() and part.isdecimal())
     if len(seeds) < len(parts) or len(set(seeds)) < len(seeds) or len(seeds) > _MOST_SEEDS:
-        raise ConfigError("seeds", repr(text)[:120], "different whole numbers from 0", "for instance 17,18,19")
+        raise ConfigError("--seeds", shown(text), "different whole numbers from 0", "write seeds such as 17,18,19")
     return seeds
 
 

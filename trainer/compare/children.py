@@ -195,6 +195,18 @@ def standing(folder: Path) -> Standing:
     return Standing()
 
 
+def last_words(log: Path) -> list[str]:
+    """What a run has said of its end: its message, at most four lines; else the very last line; empty: it said nothing.
+
+    Args:
+        log: of a job; all attempts one after the other.
+    """
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
+    message = [n for n, line in enumerate(lines) if line.startswith(("error: ", "stopped: ", "interrupted"))]
+    return lines[message[-1] :][:4] if message else lines[-1:]
+
+
 def is_held(folder: Path) -> bool:
     """Whether a living process has the newest run of a folder: perhaps one that was told to end, and is at it."""
     path = standing(folder).path

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from trainer.compare.asked import HALVING, Asked
 from trainer.compare.children import Job, standing
 from trainer.compare.parent import Parent
-from trainer.compare.stage import RATES_TRIED
+from trainer.compare.stage import HALVING_LINES, RATES_TRIED
 from trainer.compare.tuning import SHARE, factors, trial_seed
 
 
@@ -52,7 +52,7 @@ def of_comparison(
     if tried := of.known(RATES_TRIED):
         lines += [f"Rates tried: `{json.dumps(tried)}`", ""]
     if asked.policy == HALVING:
-        lines += [*(of.known("halving_lines") or []), ""]
+        lines += [*(of.known(HALVING_LINES) or []), ""]
     return "\n".join(lines)
 
 

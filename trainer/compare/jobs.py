@@ -56,7 +56,7 @@ def room_for(asked: int | None, *, ranks: int, gpus: Sequence[str], runs: int) -
     most = len(gpus) // ranks if gpus else max(1, min(cores // ranks, MOST_ON_CORES))
     if most == 0 or (gpus and asked is not None and asked > most):
         raise ConfigError(
-            "jobs", f"{asked or 1} runs of {ranks} GPUs each on {len(gpus)}", f"at most {most}", "name fewer"
+            "--jobs", f"{asked or 1} runs of {ranks} GPUs each on {len(gpus)}", f"at most {most}", "name fewer"
         )
     at_once = asked or min(most, max(1, runs))
     dealt = [",".join(gpus[slot * ranks : (slot + 1) * ranks]) for slot in range(at_once)] if gpus else []
@@ -64,6 +64,20 @@ def room_for(asked: int | None, *, ranks: int, gpus: Sequence[str], runs: int) -
     on = f"{len(gpus)} GPUs" if gpus else f"{cores} cores"
     each = f"{ranks} GPUs each" if gpus and ranks > 1 else f"{threads} threads each" if not gpus else "a GPU each"
     return Room(at_once, threads, tuple(dealt) or (None,) * at_once, f"{at_once} at once on {on}, {each}")
+
+
+def gpus_to_deal(named: str | None) -> tuple[str, ...]:
+    """Indices of the GPUs that runs may be dealt out to: those that are named, or all; empty where there are none.
+
+    Args:
+        named: `launch.gpus`.
+    """
+    if not launch.may_have_gpus():
+        return ()
+    from trainer import gpus  # imports torch
+
+    here = gpus.count(None)
+    return tuple(str(index) for index in range(here)) if not named or not here else tuple(named.split(","))
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,8 +94,8 @@ def opened(output_dir: Path, asked: Mapping[str, str], store: Store, *, title: s
         with tracker:
             if not tracker.run_id:
                 raise TrackingError(
-                    store.name, f"it does not answer ({store.away})", "a store that is there when a comparison begins",
-                    "start it, and give the same command; once begun, outages stop nothing",
+                    f"MLFLOW_TRACKING_URI ({store.name})", store.away, "a store that answers when a comparison begins",
+                    "start it, and give the same command again; once begun, runs train through an outage",
                 )  # fmt: skip
             folder.write(mlflow_run=tracker.run_id)
             if not found:

@@ -15,7 +15,7 @@ from trainer.compare.asked import Asked
 from trainer.compare.children import Job, Standing, standing
 from trainer.compare.jobs import Ended
 from trainer.compare.parent import Parent
-from trainer.compare.stage import Jobs, is_over, missing, run_stage
+from trainer.compare.stage import HALVING_LINES, Jobs, is_over, missing, run_stage
 from trainer.halving import Rule, decide, rung_loss
 from trainer.runs import Busy, held
 
@@ -24,7 +24,7 @@ COURSE, RUNGS = "halving_course", "halving_rungs"
 ARTIFACT = "halving.json"
 
 
-def length(entered: Entered) -> tuple[int, int, int]:
+def length_of(entered: Entered) -> tuple[int, int, int]:
     """Optimizer steps of a run, the training samples that it sees, and how many of these lie between evaluations.
 
     Raises:
@@ -41,13 +41,13 @@ def length(entered: Entered) -> tuple[int, int, int]:
     )
 
 
-def course(asked: Asked, rule: Rule) -> dict[str, Any]:
+def planned_rungs(asked: Asked, rule: Rule) -> dict[str, Any]:
     """Where all arms are evaluated and looked at: after the same training samples, whatever they accumulate.
 
     Returns:
         total: training samples of the shortest run; every: between evaluations; rungs: multiples of that.
     """
-    lengths = [length(entered) for entered in asked.arms]
+    lengths = [length_of(entered) for entered in asked.arms]
     total = min(samples for _, samples, _ in lengths)
     given = [entered.resolved.config.training.eval_samples for entered in asked.arms]
     evaluations = max(rule.evaluations, *(math.ceil(total / between) for _, _, between in lengths))
@@ -63,7 +63,7 @@ def halve(jobs: Jobs, asked: Asked, of: Parent, console: Console) -> list[Ended]
     """
     rule = Rule(margin=asked.margin, error=asked.error)
     if of.known(COURSE) is None:
-        of.note(**{COURSE: course(asked, rule)})
+        of.note(**{COURSE: planned_rungs(asked, rule)})
     where = of.known(COURSE)
     own = ("--training.eval_samples", str(where["every"]))
     jobs = {key: replace(job, arguments=(*job.arguments, *own)) for key, job in jobs.items()}
@@ -139,16 +139,17 @@ def _end_stopped(jobs: Jobs, of: Parent) -> None:
 
 def _publish(jobs: Jobs, asked: Asked, of: Parent) -> None:
     """All decisions and their numbers, as an artifact and a tag of the parent, and for its description."""
-    rungs, saved = of.known(RUNGS) or [], share_of_full(jobs, of)
+    rungs, saved = of.known(RUNGS) or [], share_of_full(jobs)
     told = {"margin": asked.margin, "error": asked.error, **of.known(COURSE), "share_of_full": saved, "rungs": rungs}
     of.tracker.text(json.dumps(_without_nan(told), indent=1) + "\n", ARTIFACT)
     ended = len(asked.names) - len(_alive(asked.names, of))
     of.tracker.tags({names.TAG_HALVING: f"{ended} of {len(asked.names)} arms ended early"})
     cost = "" if saved is None else f" It took {saved:.0%} of the time that all runs to their ends would have taken."
-    of.note(halving_lines=[*chain.from_iterable(["", *lines_of_rung(rung)] for rung in rungs), "", cost.strip()])
+    lines = chain.from_iterable(["", *lines_of_rung(rung)] for rung in rungs)
+    of.note(**{HALVING_LINES: [*lines, "", cost.strip()]})
 
 
-def share_of_full(jobs: Jobs, of: Parent) -> float | None:
+def share_of_full(jobs: Jobs) -> float | None:
     """Seconds of training and evaluation so far, over what all runs to their ends would take; None: nothing is known.
 
     A run that was ended early would have gone on at its own pace.

@@ -8,7 +8,7 @@ from rich.console import Console
 from trainer import names
 from trainer.compare.arms import Entered, arguments
 from trainer.compare.asked import Asked
-from trainer.compare.children import Job, Standing, standing
+from trainer.compare.children import Job, Standing, last_words, standing
 from trainer.compare.jobs import Board, Ended, run_all
 from trainer.compare.parent import Parent
 
@@ -16,6 +16,8 @@ Jobs = Mapping[tuple[str, int], Job]
 """(arm, seed) -> its run."""
 RATES_TRIED = "rates_tried"
 """What a comparison knows of the rates that it has tried out: arm -> rate -> loss."""
+HALVING_LINES = "halving_lines"
+"""What it knows of the decisions of halving: lines of Markdown, for its description."""
 
 
 class Failed(RuntimeError):
@@ -71,13 +73,5 @@ def told(failed: Sequence[Ended], total: int) -> str:
     lines = [f"{len(failed)} of {total} runs failed; the same command tries them again"]
     for one in failed:
         lines.append(f"{one.job.name}: status {one.status}, {one.job.log}")
-        lines += [f"    {line}" for line in last_words(one.job)]
+        lines += [f"    {line}" for line in last_words(one.job.log)]
     return "\n".join(lines)
-
-
-def last_words(job: Job) -> list[str]:
-    """The message with which a run ended, of its log's last lines; else the very last."""
-    text = job.log.read_text(encoding="utf-8", errors="replace") if job.log.is_file() else ""
-    lines = [line for line in text.splitlines() if line.strip()]
-    message = [n for n, line in enumerate(lines) if line.startswith(("error: ", "stopped: ", "interrupted"))]
-    return lines[message[-1] :][:4] if message else lines[-1:]

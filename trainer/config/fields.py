@@ -39,7 +39,7 @@ def _span(value: object) -> str:
     if isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
         value = ",".join(str(item) for item in value)
     text = re.sub(r"\s+", "", str(value)) if isinstance(value, str) or type(value) is int else ""
-    problem = Impossible(repr(value)[:80], _SPAN_ALLOWED, "write one of these forms, for example last-6")
+    problem = Impossible(shown(value), _SPAN_ALLOWED, "write one of these forms, such as last-6")
     if not _SPAN.fullmatch(text):
         raise problem
     if text.startswith(("all", "none", "last")):
@@ -62,7 +62,7 @@ def _gpus(value: object) -> str:
     text = re.sub(r"\s+", "", str(value)) if isinstance(value, str) or type(value) is int else ""
     numbers = [int(number) for number in text.split(",")] if _GPUS.fullmatch(text) else []
     if not numbers or len(set(numbers)) < len(numbers):
-        raise Impossible(repr(value)[:80], _GPUS_ALLOWED, "write 0, or 0,1 for two")
+        raise Impossible(shown(value), _GPUS_ALLOWED, "write 0, or 0,1 for two")
     return ",".join(map(str, numbers))
 
 

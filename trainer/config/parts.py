@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from trainer.config.fields import Impossible, Names, Section, Span
+from trainer.config.problems import shown
 
 Method = Literal["lora", "full", "frozen"]
 """How the blocks of a part are trained: low-rank adapters, whole copies, or not at all."""
@@ -47,7 +48,7 @@ class Tuner(Section):
             re.compile(self.target_regex or "")
         except (re.error, RecursionError, OverflowError) as error:
             raise Impossible(
-                repr(self.target_regex)[:80], "a Python regular expression", f"correct it: {error}", "target_regex"
+                shown(self.target_regex), "a Python regular expression", f"correct it: {error}", "target_regex"
             ) from error
         return self
 

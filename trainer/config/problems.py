@@ -88,6 +88,16 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " ..."
 
 
+def counted(number: int, what: str) -> str:
+    """Return `1 rank`, `2 ranks`.
+
+    Args:
+        number: how many.
+        what: one of them.
+    """
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """Return the known word that a misspelt one most likely means, or None.
 

@@ -61,7 +61,7 @@ class Resolved:
         """
         part = getattr(self.config, section).model_copy(update={key: value})
         below = self.tree[section]
-        assert isinstance(below, dict)  # noqa: S101
+        assert isinstance(below, dict)  # noqa: S101  # a section
         return replace(
             self,
             config=self.config.model_copy(update={section: part}),

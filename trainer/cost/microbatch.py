@@ -1,6 +1,5 @@
 """What one rank runs forward at once, in numbers: samples, patches, supervised tokens, words that samples share."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -50,14 +49,3 @@ class MicroBatch:
     def image_pairs(self) -> float:
         """Pairs of patches that see each other: all of an image."""
         return float(sum(n * n for n in self.images))
-
-
-def together(batches: Iterable[MicroBatch]) -> MicroBatch:
-    """All samples of several micro-batches as one."""
-    every = list(batches)
-    return MicroBatch(
-        tuple(length for batch in every for length in batch.lengths),
-        tuple(image for batch in every for image in batch.images),
-        sum(batch.supervised for batch in every),
-        min((batch.shared for batch in every), default=0),
-    )

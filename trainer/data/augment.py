@@ -22,8 +22,6 @@ from trainer.data.warp import LARGEST_CANVAS, LARGEST_SIDE, Colour, Matrix, Warp
 from trainer.errors import DataError
 from trainer.seeds import derived_seed
 
-Operation = Callable[["View", np.random.Generator], "View"]
-
 
 @dataclass(frozen=True, slots=True)
 class Rules:

@@ -186,7 +186,7 @@ def _image_size(path: Path) -> Size | str:
                 if not _is_whole(image):
                     return _seen(image).size
             return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
-    except Exception as error:  # noqa: BLE001  Pillow's readers raise nearly any type on a broken file
+    except Exception as error:  # noqa: BLE001  # Pillow's readers raise nearly any type on a broken file
         return _reason(error)
 
 
@@ -263,7 +263,7 @@ def _begins_well(data: bytes) -> bool:
         with Image.open(BytesIO(data + _JPEG_END), formats=("JPEG",)) as rows:
             rows.draft("L", (1, 1))
             rows.load()
-    except Exception:  # noqa: BLE001  the cut may have done it; decoding the whole file decides
+    except Exception:  # noqa: BLE001  # the cut may have done it; decoding the whole file decides
         return False
     return True
 

@@ -31,7 +31,7 @@ def supervised_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     extra = rounding(hidden)
     hidden, targets = pad(hidden, (0, 0, 0, extra)), pad(targets, (0, extra))
-    losses: Tensor = _SupervisedLoss.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+    losses: Tensor = _SupervisedLoss.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]  # torch's
     return losses[: len(losses) - extra]
 
 

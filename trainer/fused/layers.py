@@ -121,7 +121,7 @@ class Layer:
             training: whether the adapters drop out.
         """
         if torch.is_grad_enabled() and (x.requires_grad or self.trained):
-            y: Tensor = _LayerFunction.apply(self, rows, training, x, *self.trained)  # type: ignore[no-untyped-call]
+            y: Tensor = _LayerFunction.apply(self, rows, training, x, *self.trained)  # type: ignore[no-untyped-call]  # torch
             return y
         return self.forward(x, rows, self.masks(len(x), x.device) if training else _NO_MASKS)[0]
 

@@ -84,7 +84,7 @@ class LayerNorm:
     def backward(self, dy: Tensor, x: Tensor, scale: Scale, plus: Tensor) -> tuple[Tensor, list[Tensor]]:
         """See `Norm`."""
         factor, mean = scale
-        assert mean is not None  # noqa: S101
+        assert mean is not None  # noqa: S101  # `scale` of this norm has both
         dx, *of_both = layer_norm_backward(dy, x, self._weight, self._bias, mean, factor)
         pairs = zip(of_both, (self._weight, self._bias), strict=True)
         return dx.add_(plus), [grad.to(weight.dtype) for grad, weight in pairs if weight.requires_grad]

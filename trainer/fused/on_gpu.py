@@ -26,7 +26,7 @@ def compiled_on_gpu(operation: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if not compiles(args[0]):
             return operation(*args, **kwargs)
-        rows = len(args[0])  # type: ignore[arg-type]  # (T, ...), see functions.py
+        rows = len(args[0])  # type: ignore[arg-type]  # a tensor (T, ...), which P cannot say; see functions.py
         with torch.no_grad():
             made: R = compiled()(*(_open(value, rows) for value in args), **kwargs)
         return made

@@ -25,7 +25,7 @@ def prefers_onednn() -> bool:
     On a Zen 5 the difference is a factor of two (docs/performance.md). The processor decides, not a measurement: the
     same machine must add in the same order in every run.
     """
-    built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch annotates neither
     if not built or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     try:
@@ -177,7 +177,7 @@ class Projection:
     def _merged(self, name: str) -> Tensor | None:
         tensors = [getattr(base, name) for base in self._bases]
         if tensors[0] is None or len(tensors) == 1:
-            return tensors[0]  # type: ignore[no-any-return]
+            return tensors[0]  # type: ignore[no-any-return]  # a tensor or None, by its name
         whole = torch.cat([tensor.data for tensor in tensors])
         start = 0
         for tensor in tensors:

@@ -59,7 +59,11 @@ def agreed(accelerator: Any, make: Callable[[], dict[str, str]], params: Mapping
 
 
 def compare(said: Sequence[Said]) -> None:
-    """Raise ConfigError where a host differs from the first."""
+    """Hold what every host has said against the first.
+
+    Raises:
+        ConfigError: one differs; names what, with both values.
+    """
     first, *others = said
     told = []
     for rank, other in enumerate(others, start=1):

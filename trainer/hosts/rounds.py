@@ -60,7 +60,7 @@ class Rounds(RendezvousHandler):
         os.environ[launch.ROUND] = str(self.begun)  # ranks inherit it
         if place.rank:
             self._store = TCPStore(place.names[0], met.store_port, is_master=False, timeout=self._patience())
-        assert self._store is not None  # noqa: S101
+        assert self._store is not None  # noqa: S101  # the first host's was made by `_make_store`
         at = RendezvousStoreInfo(master_addr=place.names[0], master_port=met.ranks_port)
         return RendezvousInfo(PrefixStore(f"round-{met.store_port}", self._store), place.rank, len(place.names), at)
 

@@ -54,7 +54,9 @@ def export(
         UserError: something is wrong with the checkpoint, the base or the folder.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError("--out", f"{folder}, which is there", "a new folder", "name another, or remove it")
+        raise UserError(
+            "--out", f"{folder}, which is there", "a new folder, or an empty one", "choose another name, or remove it"
+        )
     recipe = recipe_of(checkpoint)
     if recipe.merged and form != "mlflow":
         raise UserError(str(checkpoint), "a merged model", "an adapter", "export the checkpoint of the run")
@@ -76,7 +78,10 @@ def export(
             made.rename(folder)
     except OSError as error:
         raise UserError(
-            "--out", f"{folder}: {error.strerror or error}", "a folder with room", "choose another"
+            "--out",
+            f"{folder}: {error.strerror or error}",
+            "a folder that can be written, with room",
+            "choose another place, or make room",
         ) from None
     return Exported(folder, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()), checked)
 

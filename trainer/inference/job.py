@@ -180,5 +180,5 @@ class _Writable:
                 "--out",
                 f"{self._out}: {error.strerror}",
                 "a folder that can be written, with room",
-                "choose another, or make room and give the same command again: it goes on",
+                "choose another place, or make room and give the same command again: it goes on",
             ) from None

@@ -1,7 +1,6 @@
 """`predict`: captions images with a trained adapter."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -10,30 +9,56 @@ from trainer.options import is_true, quiet_libraries
 
 _HELP = """
 \b
-python -m trainer predict output/last6_lora-seed17-1a2b3c4d/best photos/
-python -m trainer predict models:/qwen3vl-vision@champion photos/ --out labelled
+python -m trainer predict models:/qwen3vl-vision@champion photos/
+python -m trainer predict models:/qwen3vl-vision@champion photos/ --out labelled --pictures false
+python -m trainer predict output/last6_lora-seed17-1a2b3c4d photos/     the best checkpoint of a run's folder
 """
 
-
-def source_options(command: Any) -> Any:
-    """SOURCE, and where and on what it is loaded."""
-    options = [
-        click.argument("source"),
-        click.option("--base", default="", help="Where the base model is now. [default: where it was in training]"),
-        click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1. [default: a GPU where there is one]"),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+base_option = click.option(
+    "--base", metavar="MODEL", default="", show_default="where it was in training", help="Where the base model is now."
+)
 
 
-@click.command(epilog=_HELP)
-@source_options
+@click.command(epilog=_HELP, short_help="Caption images with a trained adapter.")
+@click.argument("source")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", default="predictions", show_default=True, help="Folder for predictions.jsonl and pictures/.")
-@click.option("--batch_size", type=click.IntRange(1, 4096), default=16, show_default=True, help="Images at once.")
-@click.option("--max_new_tokens", type=click.IntRange(1), help="Of an answer. [default: as training had room for]")
-@click.option("--pictures", default="true", show_default=True, help="Whether images are drawn with their labels.")
+@base_option
+@click.option(
+    "--device",
+    metavar="[auto|cpu|cuda|cuda:N]",
+    default="auto",
+    show_default=True,
+    help="auto: a GPU where there is one.",
+)
+@click.option(
+    "--out",
+    metavar="FOLDER",
+    default="predictions",
+    show_default=True,
+    help="Where predictions.jsonl and pictures/ are written.",
+)
+@click.option(
+    "--batch_size",
+    metavar="N",
+    type=click.IntRange(1, 4096),
+    default=16,
+    show_default=True,
+    help="Images that are captioned at once.",
+)
+@click.option(
+    "--max_new_tokens",
+    metavar="N",
+    type=click.IntRange(1),
+    show_default="as training had room for",
+    help="Tokens of an answer at most.",
+)
+@click.option(
+    "--pictures",
+    metavar="[true|false]",
+    default="true",
+    show_default=True,
+    help="Whether images are drawn with their labels.",
+)
 def predict(
     source: str,
     images: tuple[Path, ...],
@@ -46,7 +71,7 @@ def predict(
 ) -> None:
     """Caption IMAGES, files or folders, with the adapter of SOURCE.
 
-    SOURCE is a checkpoint's folder, the id of an MLflow run, or a registered model such as
+    SOURCE is the folder of a run or of one of its checkpoints, the id of an MLflow run, or a registered model such as
     models:/qwen3vl-vision@champion. The result is predictions.jsonl, a line an image with its objects in pixels, in
     the form of training records; and each image with its objects drawn. What an interrupted command has done is kept.
 

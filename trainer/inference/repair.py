@@ -2,11 +2,11 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.data.answer import ParsedObject, parse_answer
+from trainer.data.clipping import inside
 from trainer.data.geometry import SAME, EmitNorm, Geometry, Size, bounding_box, to_pixels
 from trainer.data.records import Object
 
@@ -102,7 +102,7 @@ def _mended(parsed: ParsedObject, size: Size, emit_norm: EmitNorm, shown: Size, 
     if x2 < 0 or y2 < 0 or x1 > size[0] or y1 > size[1]:
         repairs[OUTSIDE] += 1
         return None
-    clipped = _on_image(points, size)
+    clipped = inside(points, size)
     if any(abs(before - after) > SAME for before, after in zip(points, clipped, strict=True)):
         repairs[CLIPPED] += 1
     x1, y1, x2, y2 = bounding_box(clipped)
@@ -111,7 +111,3 @@ def _mended(parsed: ParsedObject, size: Size, emit_norm: EmitNorm, shown: Size, 
         repairs[EMPTY] += 1
         return None
     return Object(Geometry(parsed.kind, clipped), parsed.desc)
-
-
-def _on_image(points: Sequence[float], size: Size) -> tuple[float, ...]:
-    return tuple(min(max(value, 0.0), float(size[i % 2])) for i, value in enumerate(points))

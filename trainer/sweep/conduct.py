@@ -9,11 +9,10 @@ from optuna.trial import TrialState
 from trainer import launch, names
 from trainer.addresses import Store
 from trainer.compare.arms import on_one_host
-from trainer.compare.children import Child, Job
-from trainer.compare.jobs import Board, Room, room_for
+from trainer.compare.children import Job
+from trainer.compare.jobs import Board, Room, gpus_to_deal, room_for
 from trainer.config.places import PATH_KEYS
 from trainer.config.resolved import Resolved
-from trainer.config.schema import Config
 from trainer.sweep import points
 from trainer.sweep.axes import keys_of
 from trainer.sweep.shared_run import Parent
@@ -21,7 +20,7 @@ from trainer.sweep.space import name_of
 from trainer.sweep.storage import Storage
 from trainer.sweep.study import Given, Study, Tried, opened
 from trainer.sweep.sweep_file import Sweep, is_common
-from trainer.sweep.worker import Start, Worker
+from trainer.sweep.worker import Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ def plan(sweep: Sweep, storage: Storage, folder: Path, jobs: int | None) -> Plan
     """
     resolved = sweep.resolved(sweep.first())
     on_one_host(resolved, "sweep")
-    room = room_for(jobs, ranks=_ranks(resolved), gpus=_gpus(resolved.config), runs=sweep.trials)
+    room = room_for(jobs, ranks=_ranks(resolved), gpus=gpus_to_deal(resolved.config.launch.gpus), runs=sweep.trials)
     return Plan(sweep, storage, folder, room)
 
 
@@ -64,16 +63,6 @@ def _ranks(resolved: Resolved) -> int:
 
         resolved = gpus.settled(resolved)
     return 1 if resolved.config.launch.nproc == "auto" else resolved.config.launch.ranks
-
-
-def _gpus(config: Config) -> Sequence[str]:
-    """Indices of the GPUs that trials may use."""
-    if not launch.may_have_gpus():
-        return ()
-    from trainer import gpus  # imports torch
-
-    named = (config.launch.gpus or "").split(",") if config.launch.gpus else []
-    return named[: gpus.count(config.launch.gpus)] or [str(index) for index in range(gpus.count(None))]
 
 
 def base_of(sweep: Sweep) -> dict[str, str]:
@@ -112,14 +101,13 @@ def job_of(plan: Plan, study: Study, given: Given, parent: str) -> Job:
     )
 
 
-def conduct(plan: Plan, store: Store, board: Board, *, start: Start = Child) -> list[Tried]:
+def conduct(plan: Plan, store: Store, board: Board) -> list[Tried]:
     """Take part in a sweep until all its points are over.
 
     Args:
         plan: of this worker.
         store: the tracking store, the same for all workers.
         board: shows what happens.
-        start: how the process of a trial is started.
 
     Returns:
         What has become of every point.
@@ -139,7 +127,7 @@ def conduct(plan: Plan, store: Store, board: Board, *, start: Start = Child) -> 
             if over:
                 board.say("this sweep is finished")
             else:
-                Worker(study, lambda given: job_of(plan, study, given, run_id), plan.room, board, start=start).work()
+                Worker(study, lambda given: job_of(plan, study, given, run_id), plan.room, board).work()
         finally:
             tried = study.tried()
             parent.tell(points.markdown(plan.sweep, tried), artifacts(plan.sweep, tried), status=_status(study, tried))

@@ -100,7 +100,7 @@ def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.5f}"
 
 
-def statement(sweep: Sweep, points: Sequence[Ranked]) -> str:
+def statement(points: Sequence[Ranked]) -> str:
     """What the order of the first two is worth, in a sentence."""
     whole = [point for point in points if point.values and point.is_whole]
     if len(whole) < 2:
@@ -135,7 +135,7 @@ def markdown(sweep: Sweep, tried: Sequence[Tried]) -> str:
     over = sum(one.state.is_finished() for one in tried)
     lines = [f"Sweep `{sweep.name}`: {over} of {sweep.trials} trials are over.", ""]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
-    lines += ["", statement(sweep, points)]
+    lines += ["", statement(points)]
     if best := command(sweep, points):
         lines += ["", "Train the best:", "", f"    {best}"]
     return "\n".join(lines)

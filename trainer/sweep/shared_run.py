@@ -26,7 +26,9 @@ class Parent:
         """
         if store.away:
             do = "start it, and give the same command again; once begun, trials train through an outage"
-            raise TrackingError(store.name, store.away, "a store that answers when a worker begins", do)
+            raise TrackingError(
+                f"MLFLOW_TRACKING_URI ({store.name})", store.away, "a store that answers when a worker begins", do
+            )
         self._store, self._door = store, MlflowDoor(store.uri)
         self.run_id = ""
 

@@ -86,7 +86,7 @@ class Sweep:
         """
         changed = {**self.fixed, **settings(self.axes, point)}
         strategy = changed.pop(STRATEGY, self.strategy)
-        assert strategy is not None  # noqa: S101
+        assert strategy is not None  # noqa: S101  # `_strategy` has seen to it
         return strategy, changed
 
     def resolved(self, point: Mapping[str, Value]) -> Resolved:

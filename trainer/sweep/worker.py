@@ -4,11 +4,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 from trainer import names
-from trainer.compare.children import Child, Job, Standing, is_held, standing
+from trainer.compare.children import Child, Job, Standing, is_held, last_words, standing
 from trainer.compare.jobs import Board, Room, end_all
 from trainer.sweep.study import Given, Study, Tried
 
@@ -173,7 +172,8 @@ class Worker:
         else:
             # one that came to other numbers than before, on another machine, has not stopped itself: it is tried again
             stopped = status == _STOPPED and standing(job.folder).state == "stopped"
-            self._fail(running, f"status {status}: {last_words(job.log)}", stopped=stopped)
+            said = "; ".join(line.strip() for line in last_words(job.log)) or "it has said nothing"
+            self._fail(running, f"status {status}: {said}", stopped=stopped)
 
     def _outcome(self, running: _Running, now: Standing) -> None:
         """Tell the study the metric of a run that is over."""
@@ -199,19 +199,3 @@ class Worker:
                 self._end(running, running.child.poll() or _DONE)
             elif not running.lost:
                 self._study.give_back(running.given, "its worker was interrupted")
-
-
-def last_words(log: Path) -> str:
-    """The last line of a log that says something; of our own errors, where it begins.
-
-    Args:
-        log: of a run.
-    """
-    try:
-        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    except OSError:
-        return "its log cannot be read"
-    for index in reversed(range(len(lines))):
-        if lines[index].startswith(("error:", "stopped:")):
-            return "; ".join(line for line in lines[index : index + 4] if line)
-    return next((line for line in reversed(lines) if line), "it has said nothing")

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.scaling import RESULTS, anatomy, samples
 from trainer.cost.memory import Again
-from trainer.cost.microbatch import MicroBatch, together
+from trainer.cost.microbatch import MicroBatch
 from trainer.cost.operations import Where, operations_of, total
 from trainer.strategy import Part
 
@@ -68,5 +68,3 @@ def test_shared_words_are_computed_once_and_seen_by_all() -> None:
     assert (batch.rows(words=False), batch.rows(words=True)) == (120, 140)
     assert batch.pairs(words=False) == 80 * 80 / 2 + 80 * 20 + 40 * 40 / 2 + 40 * 20
     assert batch.pairs(words=True) == batch.pairs(words=False) + 20 * 20 / 2
-    both = together([ONE, batch])
-    assert (both.tokens, both.patches, both.supervised, both.shared) == (260, 192, 60, 0)

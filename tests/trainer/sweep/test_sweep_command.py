@@ -35,7 +35,7 @@ def test_a_mistake_is_one_message(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["block"], r"did you mean blocks\?"),
-        (["vit_lr", "--jobs", "none"], r"--jobs[\s\S]*a whole number above 0"),
+        (["vit_lr", "--jobs", "none"], r"--jobs[\s\S]*a whole number from 1"),
         (["vit_lr", "--grace", "0"], r"--grace"),
         (["vit_lr", "--study", "a b"], r"--study[\s\S]*letters"),
         (["vit_lr", "--training.vit_lr", "1"], r"vit_lr.yaml:\d+: space: training.vit_lr[\s\S]*for every point"),

@@ -18,7 +18,7 @@ from trainer.sweep.conduct import Plan, job_of
 from trainer.sweep.storage import Storage, default_url
 from trainer.sweep.study import Given, Study, Tried, opened
 from trainer.sweep.sweep_file import Sweep, read_sweep
-from trainer.sweep.worker import Worker, last_words
+from trainer.sweep.worker import Worker
 
 PACKS = 4
 """Of an optimizer step."""
@@ -264,17 +264,7 @@ def test_the_ranking_puts_points_that_lack_a_seed_after_those_that_have_all() ->
         ["2", "0.00012", "0.30000", "", "1/2", "1 complete, 1 failed"],
         ["", "0.00015", "", "", "0/2", "2 failed"],
     ]
-    assert "Fewer than two points are complete" in points.statement(sweep, points.ranked(sweep, tried))
+    assert "Fewer than two points are complete" in points.statement(points.ranked(sweep, tried))
     assert points.as_csv(sweep, tried).splitlines()[1] == "0,0.0001,1,0.5,complete,1,,"
     assert '"mean": null' in points.as_json(sweep, tried)
     assert "| 1 | 0.0001 | 0.60000 |" in points.markdown(sweep, tried)
-
-
-def test_last_words_are_the_error_of_a_log_or_its_last_line(tmp_path: Path) -> None:
-    """Of several attempts, those of the last."""
-    log = tmp_path / "log.txt"
-    assert last_words(log) == "its log cannot be read"
-    log.write_text("error: a\n  got:     b\n  allowed: c\n  do:      d\nsome more\n")
-    assert last_words(log) == "error: a; got:     b; allowed: c; do:      d"
-    log.write_text("\n  \n")
-    assert last_words(log) == "it has said nothing"
