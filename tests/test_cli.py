@@ -8,11 +8,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from tests.running import ROOT, SMALL, empty_store, environment, flags, runs_in, start_trainer, trainer, wait_for
+from trainer import __main__ as command_line
 from trainer import names
 
 PARTS_OF_A_MESSAGE = ("got:", "allowed:", "do:")
@@ -288,3 +291,15 @@ def test_nothing_is_printed_before_the_first_step_but_progress(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if not line.startswith("step ")] == []
     assert (tmp_path / "new.db").is_file()
+
+
+def test_a_full_gpu_is_told_with_where_to_read_on(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Under the traceback, which stays."""
+
+    def full(**_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(command_line, "cli", full)
+    assert command_line._status() == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said and said.rstrip().endswith("which order.") and "docs/real_model.md" in said

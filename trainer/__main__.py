@@ -31,6 +31,9 @@ from trainer.signals import SIGNALS, end_with_parent, is_started_by_us
 
 EXIT_ERROR, EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED, EXIT_ENDED = 1, 2, 3, 130, 143
 _LET_SPEAK_SECONDS = 5.0
+_OUT_OF_MEMORY = """
+The GPU's memory is full. `python -m trainer plan` with the same options tells what a rank holds, part by part;
+docs/real_model.md says what to turn down, and in which order."""
 
 _HELP = """
 \b
@@ -153,6 +156,8 @@ def _status() -> int:
             return EXIT_ENDED
         _let_the_first_rank_speak()  # most likely it was an error of its own that broke what this rank waited for
         traceback.print_exc()
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported to ask
+            click.echo(_OUT_OF_MEMORY, err=True)
         return EXIT_ERROR
     return 0
 
