@@ -31,6 +31,8 @@ from trainer.halving import Rule
 
 RULE = Rule()
 SIMULATION = FOLDER / "simulation.json"
+LIVE = FOLDER / "live.json"
+"""The artifact `halving.json` of a comparison under halving on the first of the fresh seeds."""
 PAGE = Path(__file__).parents[1] / "docs" / "halving.md"
 _ARM = "comparison.arm"
 """Tag of a run: its arm, where that is not the strategy's name."""
@@ -103,6 +105,33 @@ def _of_recordings(recordings: Iterable[Recording]) -> str:
     return "\n\n".join(parts)
 
 
+def of_live() -> str:
+    """What a comparison under halving decided while it trained; beside it how arms ended where all went to their ends."""
+    told = json.loads(LIVE.read_text(encoding="utf-8"))
+    seeds = sorted(int(seed) for seed in next(iter(told["rungs"][0]["losses"].values())))
+    ends = {arm: [run[-1].loss for seed, run in of.items() if seed in seeds] for arm, of in fresh()[0].curves.items()}
+    finals = {arm: math.fsum(losses) / len(losses) for arm, losses in ends.items()}
+    best = min(finals.values())
+    head = ("arm", "loss at the rung", "behind the leader", "interval", "p", "verdict", "behind at the end")
+    parts = []
+    for rung in told["rungs"]:
+        rows = []
+        for one in sorted(rung["decisions"], key=lambda one: one["loss"]):
+            low, high = one["interval"]
+            leads = one["verdict"] == "leader"
+            numbers = (
+                ["-"] * 3 if leads else [f"{one['difference']:.4f}", f"{low:.4f} to {high:.4f}", f"{one['p']:.2g}"]
+            )
+            rows.append(
+                [one["arm"], f"{one['loss']:.4f}", *numbers, one["verdict"], _percent(finals[one["arm"]] / best - 1)]
+            )
+        parts.append(f"Rung {rung['rung']}, {rung['samples']} samples:\n\n{_markdown(head, rows)}")
+    share = f"It took {told['share_of_full']:.3f} of the seconds of all runs to their ends."
+    return "\n\n".join(
+        [f"Seeds {', '.join(map(str, seeds))}, evaluated every {told['every']} samples. {share}", *parts]
+    )
+
+
 _HEAD = ("seeds", "seconds", "samples", "winner", "of all to the end", "regret", *(f"rung {r:.2f}" for r in RULE.rungs))
 
 
@@ -163,6 +192,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "smoothing": of_smoothing,
     "simulation": of_simulation,
     "recorded": of_recorded,
+    "live": of_live,
     "fresh": of_fresh,
 }
 """Name of a table -> what makes it."""
