@@ -47,7 +47,8 @@ main { padding: 0 1.2rem 4rem; }
 article { padding: 1rem 0; border-bottom: 1px solid var(--line); }
 article[hidden] { display: none; }
 h2 { margin: 0 0 .5rem; font-size: .95rem; font-weight: 600; } h2 small { color: var(--dim); font-weight: 400; }
-.row { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
+.row { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(max(11rem, var(--column)), 1fr));
+  --column: calc((100% - (var(--columns) - 1) * .8rem) / var(--columns)); }
 figure { margin: 0; } figcaption { font-size: .85rem; } figcaption small { color: var(--dim); }
 svg { display: block; width: 100%; height: auto; max-height: 26rem; background: var(--soft); }
 svg .shape { fill: none; vector-effect: non-scaling-stroke; stroke-width: 2.5; }
@@ -104,7 +105,8 @@ def page(gallery: Gallery) -> str:
         '<label>order <select id="order"><option value="disagreement -1">arms disagree most</option>'
         '<option value="score 1">worst first</option><option value="score -1">best first</option>'
         f'<option value="place 1">as in the file</option></select></label>\n<div class="legend">{legend}</div></div>\n'
-        f"{notes}</header>\n<main>\n{cards}</main>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+        f'{notes}</header>\n<main style="--columns: {len(gallery.arms) + 1}">\n{cards}</main>\n'
+        f"<script>{_SCRIPT}</script>\n</body>\n</html>\n"
     )
 
 

@@ -106,7 +106,7 @@ def _of_recordings(recordings: Iterable[Recording]) -> str:
 
 
 def of_live() -> str:
-    """What a comparison under halving decided while it trained; beside it how arms ended where all went to their ends."""
+    """What a comparison under halving decided while it trained; beside it how arms ended where all went on."""
     told = json.loads(LIVE.read_text(encoding="utf-8"))
     seeds = sorted(int(seed) for seed in next(iter(told["rungs"][0]["losses"].values())))
     ends = {arm: [run[-1].loss for seed, run in of.items() if seed in seeds] for arm, of in fresh()[0].curves.items()}
