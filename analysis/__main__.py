@@ -325,7 +325,7 @@ def main() -> NoReturn:
         sys.exit(EXIT_USER)
     except OSError as error:  # a folder that is a file, or that nobody may write to
         where, got = str(error.filename or "a file"), error.strerror or str(error)
-        told = UserError(where, got, "a file or folder that can be written", "choose another place")
+        told = UserError(where, got, "a file or folder that can be written", "choose another place: --out")
         click.echo(f"error: {told}", err=True)
         sys.exit(EXIT_USER)
     except click.ClickException as error:

@@ -1,6 +1,6 @@
 """A process that stands in for a training run: it writes a run's folder as training does, in a tenth of a second.
 
-    python tests/stand_in_run.py '{"name": ..., "folder": ..., "strategy": ..., "given": {option: value}}'
+    python -m tests.stand_in_run '{"name": ..., "folder": ..., "strategy": ..., "given": {option: value}}'
 
 What it does beside is said in behaviour.json: see `tests.trainer.standing_in`.
 """

@@ -9,8 +9,6 @@ import pytest
 from tests.running import ROOT
 from trainer.compare.children import Job
 
-SCRIPT = ROOT / "tests" / "stand_in_run.py"
-
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, **behaviour: dict[str, Any]) -> None:
     """From now on, runs are stand-ins; what each does is said under its name, its arm's, or `all`.
@@ -31,7 +29,7 @@ def _command(job: Job) -> list[str]:
     strategy, *rest = job.arguments
     given = dict(zip(rest[::2], rest[1::2], strict=True))
     told = {"name": job.name, "folder": str(job.folder), "strategy": strategy, "given": given}
-    return [str(SCRIPT), json.dumps(told)]
+    return ["-m", "tests.stand_in_run", json.dumps(told)]  # as a script, it would take tests/trainer for our package
 
 
 def started() -> list[str]:

@@ -209,7 +209,7 @@ SCATTER = {"by_seed": {"17": 0.002, "18": -0.001, "19": -0.001}}
 @pytest.fixture
 def known_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is read to find how long runs are."""
-    monkeypatch.setattr("trainer.compare.rungs.length", lambda entered: (90, 900, 100))
+    monkeypatch.setattr("trainer.compare.rungs.length_of", lambda entered: (90, 900, 100))
 
 
 def test_an_arm_that_is_far_behind_is_ended_at_a_rung_and_its_runs_say_why(
