@@ -54,6 +54,8 @@ CASES = ((1, 40), (4, 24), (16, 48), (64, 64))
 """Images at once, and how many in all."""
 QUIET, TRIES = 0.05, 20
 """Cores that others may keep busy at a turn, else it is done again; and how often in a case at most."""
+PATIENCE = 300
+"""Seconds that a turn waits at most for others to rest before it begins."""
 SEED = 4711
 """Of the scenes; no run has it."""
 RANDOM_CASES, RANDOM_SIDE, RANDOM_TOKENS = ((1, 8), (16, 32)), 1024, 128
@@ -180,6 +182,7 @@ def timed(contenders: Mapping[str, Answer], turns: Sequence[Sequence[Path]], bat
     for turn, paths in enumerate(turns):
         first = turn % len(names)
         while True:
+            _wait_for_others()
             busy, began, took, said = _of_others(), time.perf_counter(), {}, {}
             for name in names[first:] + names[:first]:
                 started = time.perf_counter()
@@ -277,6 +280,14 @@ def measure(
         "runs": runs,
         "answers": answers,
     }
+
+
+def _wait_for_others() -> None:
+    for _ in range(PATIENCE):
+        busy = _of_others()
+        time.sleep(1)
+        if _of_others() - busy <= QUIET:
+            return
 
 
 def _of_others() -> float:

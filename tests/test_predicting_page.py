@@ -86,6 +86,7 @@ def test_texts_are_the_same_or_a_beginning_or_another() -> None:
 
 def test_who_begins_goes_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is always measured behind the same other."""
+    monkeypatch.setattr(predicting, "PATIENCE", 0)
     monkeypatch.setattr(predicting, "_of_others", lambda: 0.0)
     order: list[str] = []
     contenders = {name: lambda *_, name=name: order.append(name) or [name] for name in "abc"}
@@ -97,6 +98,7 @@ def test_who_begins_goes_round(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_turn_that_others_disturb_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of two is disturbed once; what was timed then does not count."""
     spent = iter((0.0, 9.0, 9.0, 9.0, 9.0, 9.0))
+    monkeypatch.setattr(predicting, "PATIENCE", 0)
     monkeypatch.setattr(predicting, "_of_others", lambda: next(spent))
     said = iter(["disturbed", "first", "second"])
     done = predicting.timed({"a": lambda *_: [next(said)]}, [[Path()]] * 2, 1)
@@ -106,6 +108,7 @@ def test_a_turn_that_others_disturb_is_done_again(monkeypatch: pytest.MonkeyPatc
 def test_the_baseline_says_what_we_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One adapter, loaded in both ways, on three scenes, alone and together."""
     monkeypatch.setattr(predicting, "TRIES", 0)
+    monkeypatch.setattr(predicting, "PATIENCE", 0)
     subject = predicting.trained_subject(trained().checkpoint, max_new_tokens=12)
     told = predicting.measure(subject, predicting.digits(tmp_path, 3), tmp_path, ((1, 3), (3, 3)), repetitions=2)
     assert told["answers"] == [
@@ -123,6 +126,7 @@ def test_what_a_gpu_measures_runs_on_a_tiny_model(tmp_path: Path, monkeypatch: p
     """bf16, random weights: every answer has as many tokens as are allowed."""
     monkeypatch.setattr(predicting, "RANDOM_TOKENS", 3)
     monkeypatch.setattr(predicting, "TRIES", 0)
+    monkeypatch.setattr(predicting, "PATIENCE", 0)
     subject = predicting.random_subject("tiny", "cpu")
     told = predicting.measure(subject, predicting.noise(tmp_path, 2, 64), tmp_path, ((2, 2),), repetitions=1)
     assert told["answer_tokens"] == [3, 3, 3]
