@@ -6,7 +6,8 @@
 
 Both decode greedily, up to the same number of new tokens, and are loaded in one process. They take turns, and who
 begins changes with every turn: image by image where one is answered at a time, else with all images. Each has answered
-once before anything is timed. `measure` draws scenes of digits that no arm has been trained on. Its contenders are
+once before anything is timed, and a turn that other processes disturb is done again. `measure` draws scenes of digits
+that no arm has been trained on. Its contenders are
 
 - `predict`: `Predictor`, from files to objects, as the command does it;
 - `predict, drawn`: the command's `Job`, with predictions.jsonl and a picture of each image;
@@ -20,15 +21,15 @@ another. Weights drawn at random say nothing and never end: those answers all ha
 import argparse
 import copy
 import json
-import re
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from PIL import Image
 
 from benchmarks import gpu_model, plain_generate
 from benchmarks.machine import facts
+from benchmarks.predicting_page import COLD, DRAWN, OURS, PAGE, PLAIN, RESULTS, ROOT, filled
 from trainer.attention import PACKED_SDPA
 from trainer.data.digits import ensure_digits
 from trainer.data.images import image_sizes
@@ -48,13 +50,12 @@ from trainer.inference.predictor import Predictor, load_predictor
 from trainer.inference.recipe import Recipe
 from trainer.model import folder_of, load_tools
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "predicting"
-PAGE = ROOT / "docs" / "use.md"
-OURS, DRAWN, PLAIN = "predict", "predict, drawn", "generate"
-COLD = "cold"
-CASES = ((1, 40), (4, 40), (16, 64), (64, 64))
+CASES = ((1, 40), (4, 24), (16, 48), (64, 64))
 """Images at once, and how many in all."""
+QUIET, TRIES = 0.05, 20
+"""Cores that others may keep busy at a turn, else it is done again; and how often in a case at most."""
+PATIENCE = 300
+"""Seconds that a turn waits at most for others to rest before it begins."""
 SEED = 4711
 """Of the scenes; no run has it."""
 RANDOM_CASES, RANDOM_SIDE, RANDOM_TOKENS = ((1, 8), (16, 32)), 1024, 128
@@ -163,21 +164,39 @@ def noise(folder: Path, count: int, side: int) -> list[Path]:
     return paths
 
 
-def timed(
-    contenders: Mapping[str, Answer], turns: Iterable[Sequence[Path]], batch_size: int
-) -> tuple[dict[str, list[float]], dict[str, list[list[str]]]]:
-    """Seconds and texts of each contender at each turn; who begins goes round."""
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """What every contender took and said, turn by turn."""
+
+    seconds: dict[str, list[float]]
+    texts: dict[str, list[list[str]]]
+    others: float
+    """Cores that other processes kept busy, at the turn where they did so most."""
+
+
+def timed(contenders: Mapping[str, Answer], turns: Sequence[Sequence[Path]], batch_size: int) -> Turns:
+    """Let contenders take turns; who begins goes round, and a turn that others disturb is done again."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     texts: dict[str, list[list[str]]] = {name: [] for name in contenders}
-    names = list(contenders)
+    names, most, again = list(contenders), 0.0, 0
     for turn, paths in enumerate(turns):
         first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            started = time.perf_counter()
-            said = contenders[name](paths, batch_size)
-            seconds[name].append(time.perf_counter() - started)
-            texts[name].append(said)
-    return seconds, texts
+        while True:
+            _wait_for_others()
+            busy, began, took, said = _of_others(), time.perf_counter(), {}, {}
+            for name in names[first:] + names[:first]:
+                started = time.perf_counter()
+                said[name] = contenders[name](paths, batch_size)
+                took[name] = time.perf_counter() - started
+            others = max(0.0, _of_others() - busy) / (time.perf_counter() - began)
+            if others <= QUIET or again == TRIES:
+                break
+            again += 1
+        most = max(most, others)
+        for name in names:
+            seconds[name].append(took[name])
+            texts[name].append(said[name])
+    return Turns(seconds, texts, most)
 
 
 def compared(ours: Sequence[str], plain: Sequence[str]) -> dict[str, int]:
@@ -192,12 +211,20 @@ def one_case(
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
     """Runs of a case, what comparing its texts gives, and the texts of `predict`."""
     turns = [[path] for path in paths] if batch_size == 1 else [paths] * repetitions
-    seconds, texts = timed(contenders, turns, batch_size)
-    runs = [{"by": name, "batch": batch_size, "images": len(turns[0]), "seconds": of} for name, of in seconds.items()]
-    ours, plain = ([text for said in texts[name] for text in said] for name in (OURS, PLAIN))
+    done = timed(contenders, turns, batch_size)
+    runs = _runs(done, batch_size, len(turns[0]))
+    ours, plain = ([text for said in done.texts[name] for text in said] for name in (OURS, PLAIN))
     answers = {"batch": batch_size, **compared(ours, plain)}
-    print(f"{batch_size} at once:", {name: round(median(of), 3) for name, of in seconds.items()}, answers, flush=True)
     return runs, answers, ours[: len(paths)]
+
+
+def _runs(done: Turns, batch: int | str, images: int) -> list[dict[str, Any]]:
+    told = {name: round(median(of), 3) for name, of in done.seconds.items()}
+    print(f"{batch} at once: median seconds {told}, others {done.others:.2f}", flush=True)
+    return [
+        {"by": name, "batch": batch, "images": images, "others": done.others, "seconds": of}
+        for name, of in done.seconds.items()
+    ]
 
 
 def whole_processes(adapter: Path, image: Path, subject: Subject, max_new_tokens: int, times: int) -> list[Any]:
@@ -211,7 +238,8 @@ def whole_processes(adapter: Path, image: Path, subject: Subject, max_new_tokens
         plain = [sys.executable, "-P", plain_generate.__file__, base, str(adapter), str(request), str(max_new_tokens)]
 
         def process(*command: str) -> list[str]:
-            subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+            environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+            subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
             return []
 
         count = iter(range(10**6))
@@ -220,8 +248,7 @@ def whole_processes(adapter: Path, image: Path, subject: Subject, max_new_tokens
             DRAWN: lambda *_: process(*ours, f"{folder}/{next(count)}"),
             PLAIN: lambda *_: process(*plain, str(image)),
         }
-        seconds, _ = timed(contenders, [[image]] * times, 1)
-    return [{"by": name, "batch": COLD, "images": 1, "seconds": of} for name, of in seconds.items()]
+        return _runs(timed(contenders, [[image]] * times, 1), COLD, 1)
 
 
 def measure(
@@ -231,7 +258,6 @@ def measure(
     contenders = subject.contenders(folder)
     for answer in contenders.values():
         answer(paths[:1], 1)
-    busy, began = _of_others(), time.perf_counter()
     runs: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
     alone: list[str] = []
@@ -251,86 +277,23 @@ def measure(
         "threads": torch.get_num_threads(),
         "image": size,
         "answer_tokens": [tokens[0], int(median(tokens)), tokens[-1]],
-        "others": (_of_others() - busy) / (time.perf_counter() - began),
         "runs": runs,
         "answers": answers,
     }
 
 
+def _wait_for_others() -> None:
+    for _ in range(PATIENCE):
+        busy = _of_others()
+        time.sleep(1)
+        if _of_others() - busy <= QUIET:
+            return
+
+
 def _of_others() -> float:
-    """CPU seconds that others than this process have spent on this machine."""
-    machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
-    return float(sum(machine[:8]) - machine.idle - machine.iowait - own.user - own.system)
-
-
-# --- the page -------------------------------------------------------------------------------------------------------
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """A row a case: median and range of each contender, and how many texts are the same."""
-    runs = {(run["batch"], run["by"]): run for run in result["runs"]}
-    rows = []
-    for batch in dict.fromkeys(run["batch"] for run in result["runs"]):
-        of = [runs[batch, name] for name in (OURS, DRAWN, PLAIN)]
-        answers = next((each for each in result["answers"] if each["batch"] == batch), None)
-        same = f"{answers['same']} of {_total(answers)}" if answers else ""
-        if batch == COLD:
-            rows.append(["cold start, one image: s", *(_range(run["seconds"]) for run in of), same])
-        elif batch == 1:
-            rows.append(["one at a time: median ms", *(f"{1000 * median(run['seconds']):.0f}" for run in of), same])
-            rows.append(["p95 ms", *(f"{1000 * _p95(run['seconds']):.0f}" for run in of), ""])
-        else:
-            rates = [[run["images"] / seconds for seconds in run["seconds"]] for run in of]
-            rows.append([f"{batch} at once: images/s", *map(_range, rates), same])
-    head = ("case", f"`{OURS}`", f"`{OURS}` with pictures", "plain `generate`", "same text")
-    rule = ("---", *["---:"] * 4)
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]
-    return "\n".join([_conditions(result), "", *lines])
-
-
-def _conditions(result: Mapping[str, Any]) -> str:
-    machine = result["facts"]
-    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "peft"))
-    where = result.get("gpu") or f"{machine['processor']}, {machine['cores']} cores, {result['threads']} threads"
-    width, height = result["image"]
-    least, middle, most = result["answer_tokens"]
-    turns = max(len(run["seconds"]) for run in result["runs"] if run["batch"] not in (1, COLD))
-    alone = sum(run["by"] == OURS and len(run["seconds"]) for run in result["runs"] if run["batch"] == 1)
-    return (
-        f"{machine['date']}, {where}; {versions}; commit {machine['commit'][:12]}. {result['model']}, {result['arm']}, "
-        f"{result['dtype']}; images of {width}x{height} pixels; answers of {least} to {most} tokens, median {middle}, "
-        f"with room for {result['max_new_tokens']}. One at a time: {alone} images; at once: medians of {turns} turns, "
-        f"lowest to highest. Others kept {result['others']:.2f} of a core busy."
-    )
-
-
-def _range(values: Sequence[float]) -> str:
-    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def _p95(values: Sequence[float]) -> float:
-    return quantiles(values, n=20, method="inclusive")[-1]
-
-
-def _total(answers: Mapping[str, int]) -> int:
-    return answers["same"] + answers["beginning"] + answers["other"]
-
-
-TABLES = {"predicting": "pocket.json", "predicting_random_4b": "random_4b.json"}
-"""Name of a table -> its file of results; one that has not been measured is left as it is."""
-
-
-def filled(page: str) -> str:
-    """A page with every table made anew."""
-
-    def anew(match: re.Match[str]) -> str:
-        path = RESULTS / TABLES[match.group(1)]
-        if not path.exists():
-            return match.group(0)
-        made = table(json.loads(path.read_text(encoding="utf-8")))
-        return f"<!-- {match.group(1)} -->\n{made}\n<!-- end -->"
-
-    return re.sub(r"<!-- (predicting\w*) -->\n.*?<!-- end -->", anew, page, flags=re.DOTALL)
+    """CPU seconds that others than this process, and those that it started and saw end, have spent on this machine."""
+    machine: Any = psutil.cpu_times()
+    return float(sum(machine[:8]) - machine.idle - machine.iowait - sum(psutil.Process().cpu_times()[:4]))
 
 
 def _written(result: Mapping[str, Any], name: str) -> None:
@@ -350,6 +313,7 @@ def main() -> None:
     at_random.add_argument("--device", default="cuda")
     for each in (on_pocket, at_random):
         each.add_argument("--repetitions", type=int, default=3, help="turns of each contender")
+        each.add_argument("--threads", type=int, help="of torch; as many as there are cores by default")
         each.add_argument("--limit", type=int, default=64, help="images at most, for a look at whether it runs")
         each.add_argument("--out", default="", help="name of the file of results")
     commands.add_parser("tables", help="fill docs/use.md")
@@ -357,6 +321,8 @@ def main() -> None:
     if asked.command == "tables":
         PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
         return
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
     whole = CASES if asked.command == "measure" else RANDOM_CASES
     cases = list(dict.fromkeys((min(batch, asked.limit), min(count, asked.limit)) for batch, count in whole))
     with tempfile.TemporaryDirectory() as name:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import predicting as page
+from benchmarks import predicting
+from benchmarks import predicting_page as page
 from tests.running import trained
 
 PAGE = page.PAGE.read_text(encoding="utf-8")
@@ -43,7 +44,7 @@ def test_results_say_what_they_were_measured_on(name: str) -> None:
 
 def run(by: str, batch: int | str, *seconds: float, images: int = 1) -> dict[str, object]:
     """A contender's times in a case."""
-    return {"by": by, "batch": batch, "images": images, "seconds": list(seconds)}
+    return {"by": by, "batch": batch, "images": images, "others": 0.01, "seconds": list(seconds)}
 
 
 RESULT = {
@@ -52,7 +53,7 @@ RESULT = {
         "versions": {"torch": "2", "transformers": "5", "peft": "0"},
     },
     "model": "pocket", "arm": "a", "dtype": "float32", "device": "cpu", "threads": 2, "max_new_tokens": 8,
-    "image": [96, 96], "answer_tokens": [3, 5, 8], "others": 0.25,
+    "image": [96, 96], "answer_tokens": [3, 5, 8],
     "runs": [
         *(run(by, 1, *(float(n) for n in range(1, 22))) for by in (page.OURS, page.DRAWN, page.PLAIN)),
         run(page.OURS, 4, 2.0, 1.0, 4.0, images=8),
@@ -79,23 +80,37 @@ def test_a_row_has_the_median_and_how_far_turns_are_apart() -> None:
 
 def test_texts_are_the_same_or_a_beginning_or_another() -> None:
     """A stop that comes early leaves a beginning; everything else is another answer."""
-    found = page.compared(["{}", '{"a"', "x", "{} "], ["{}", '{"a":1}', "y", "{}"])
+    found = predicting.compared(["{}", '{"a"', "x", "{} "], ["{}", '{"a":1}', "y", "{}"])
     assert found == {"same": 1, "beginning": 1, "other": 2}
 
 
-def test_who_begins_goes_round() -> None:
+def test_who_begins_goes_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is always measured behind the same other."""
+    monkeypatch.setattr(predicting, "PATIENCE", 0)
+    monkeypatch.setattr(predicting, "_of_others", lambda: 0.0)
     order: list[str] = []
     contenders = {name: lambda *_, name=name: order.append(name) or [name] for name in "abc"}
-    seconds, texts = page.timed(contenders, [[Path()]] * 3, 1)
+    done = predicting.timed(contenders, [[Path()]] * 3, 1)
     assert "".join(order) == "abcbcacab"
-    assert texts["a"] == [["a"]] * 3 and all(len(of) == 3 for of in seconds.values())
+    assert done.texts["a"] == [["a"]] * 3 and all(len(of) == 3 for of in done.seconds.values())
 
 
-def test_the_baseline_says_what_we_say(tmp_path: Path) -> None:
+def test_a_turn_that_others_disturb_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two is disturbed once; what was timed then does not count."""
+    spent = iter((0.0, 9.0, 9.0, 9.0, 9.0, 9.0))
+    monkeypatch.setattr(predicting, "PATIENCE", 0)
+    monkeypatch.setattr(predicting, "_of_others", lambda: next(spent))
+    said = iter(["disturbed", "first", "second"])
+    done = predicting.timed({"a": lambda *_: [next(said)]}, [[Path()]] * 2, 1)
+    assert done.texts == {"a": [["first"], ["second"]]} and done.others == 0
+
+
+def test_the_baseline_says_what_we_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One adapter, loaded in both ways, on three scenes, alone and together."""
-    subject = page.trained_subject(trained().checkpoint, max_new_tokens=12)
-    told = page.measure(subject, page.digits(tmp_path, 3), tmp_path, ((1, 3), (3, 3)), repetitions=2)
+    monkeypatch.setattr(predicting, "TRIES", 0)
+    monkeypatch.setattr(predicting, "PATIENCE", 0)
+    subject = predicting.trained_subject(trained().checkpoint, max_new_tokens=12)
+    told = predicting.measure(subject, predicting.digits(tmp_path, 3), tmp_path, ((1, 3), (3, 3)), repetitions=2)
     assert told["answers"] == [
         {"batch": 1, "same": 3, "beginning": 0, "other": 0, "as_alone": 3},
         {"batch": 3, "same": 6, "beginning": 0, "other": 0, "as_alone": 3},
@@ -109,8 +124,10 @@ def test_the_baseline_says_what_we_say(tmp_path: Path) -> None:
 
 def test_what_a_gpu_measures_runs_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16, random weights: every answer has as many tokens as are allowed."""
-    monkeypatch.setattr(page, "RANDOM_TOKENS", 3)
-    subject = page.random_subject("tiny", "cpu")
-    told = page.measure(subject, page.noise(tmp_path, 2, 64), tmp_path, ((2, 2),), repetitions=1)
+    monkeypatch.setattr(predicting, "RANDOM_TOKENS", 3)
+    monkeypatch.setattr(predicting, "TRIES", 0)
+    monkeypatch.setattr(predicting, "PATIENCE", 0)
+    subject = predicting.random_subject("tiny", "cpu")
+    told = predicting.measure(subject, predicting.noise(tmp_path, 2, 64), tmp_path, ((2, 2),), repetitions=1)
     assert told["answer_tokens"] == [3, 3, 3]
     assert sum(told["answers"][0][kind] for kind in ("same", "beginning", "other")) == 2
