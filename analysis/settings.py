@@ -38,8 +38,8 @@ def is_setting(key: str) -> bool:
     return not key.startswith((*_MAKE_NO_ARM, *DERIVED)) and key not in _TWICE
 
 
-_TWICE = {*SHORT_NAMES, "profile", "config"}
-"""Names that `mlflow run` logs as they were typed; the settings themselves stand under their dotted keys."""
+_TWICE = {*SHORT_NAMES, "profile", "config", "resume", "allow_drift"}
+"""Parameters of entry points, which `mlflow run` logs as typed; what they set stands under dotted keys, if anywhere."""
 
 
 def differing(runs: Sequence[Run], *, derived: bool = False) -> list[str]:

@@ -1,9 +1,11 @@
 """Params of runs as settings: what makes an arm, and when two spellings are the same value."""
 
 import pytest
+import yaml
 
 from analysis.settings import ACCUMULATION, differing, is_idle, is_setting, same, setting
 from tests.analysis.test_ranking import run
+from tests.running import ROOT
 
 
 @pytest.mark.parametrize(
@@ -14,6 +16,14 @@ from tests.analysis.test_ranking import run
 def test_what_makes_no_arm(key: str) -> None:
     """Seeds, folders, tracking; short names that `mlflow run` logs beside ours; what follows from the settings."""
     assert not is_setting(key)
+
+
+def test_what_mlflow_run_logs_of_its_own_makes_no_arm() -> None:
+    """Every parameter of every entry point: a run that it started is of the arm of one that a comparison started."""
+    entries = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))["entry_points"]
+    trained = {name: of["parameters"] for name, of in entries.items() if " trainer run " in of["command"]}
+    assert "last6_lora" in trained and "main" in trained
+    assert [key for parameters in trained.values() for key in parameters if is_setting(key)] == []
 
 
 @pytest.mark.parametrize(
