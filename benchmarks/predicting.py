@@ -1,6 +1,6 @@
 """Measures how fast `predict` answers, beside transformers' `generate` under the same adapter on the same images.
 
-    python -m benchmarks.predicting measure output/RUN/best      # a pocket run's adapter, on the CPU: six minutes
+    python -m benchmarks.predicting measure output/RUN/best      # a pocket run's adapter, on a CPU to itself
     python -m benchmarks.predicting random 4b                    # a 4B of random weights in bf16: needs a GPU
     python -m benchmarks.predicting tables                       # fills "How fast" of docs/use.md
 
