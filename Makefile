@@ -48,7 +48,7 @@ test-slow: setup-dev
 	$(BIN)/python -m pytest -m slow
 
 test-faults: setup-dev
-	$(BIN)/python -m pytest tests/faults -s $(ARGS)
+	$(BIN)/python -m pytest tests/faults -s -m "not environment" $(ARGS)
 
 test-environment: setup-dev
 	$(BIN)/python -m pytest -m environment

@@ -127,9 +127,18 @@ def test_what_is_not_run_says_why(command: Command) -> None:
     assert len(command.not_run.split()) >= 2
 
 
-@pytest.mark.parametrize("command", [c for c in TO_RUN if ours(c)], ids=lambda c: f"{c.page}:{c.line}")
+def trains(command: Command) -> bool:
+    """Whether it trains a run here, which takes a process and twenty seconds."""
+    return (ours(command) or [])[:2] == ["trainer", "run"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=[pytest.mark.slow] * trains(c)) for c in TO_RUN if ours(c)],
+    ids=lambda c: f"{c.page}:{c.line}",
+)
 def test_a_command_of_the_project_does_what_the_page_says(workshop: Path, command: Command) -> None:
-    """It ends with status 0."""
+    """It ends with status 0; what trains is slow."""
     words = [each for word in ours(command) or [] for each in sorted(glob.glob(word)) or [word]]
     for option in WRITTEN:
         if option in words and (name := words[words.index(option) + 1]):

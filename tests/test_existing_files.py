@@ -217,6 +217,7 @@ def test_paths_are_found_from_the_projects_root(project: Path) -> None:
 # --- a run
 
 
+@pytest.mark.slow
 def test_such_a_file_trains_on_a_cpu(tmp_path: Path) -> None:
     """bf16, packs of up to 20,000 tokens, augmentation, flash-attention that is not there: one line each, no error."""
     store = empty_store(tmp_path)

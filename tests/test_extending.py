@@ -138,6 +138,7 @@ def _headers() -> list[str]:
     return [line for line in PAGE.splitlines() if re.match(r"    # [\w/]+(\.\w+)?, ", line)]
 
 
+@pytest.mark.slow
 def test_every_test_that_the_page_names_is_red_half_done(tmp_path: Path) -> None:
     """In one half or the other: what is missing is noticed."""
     found: set[str] = set()

@@ -75,6 +75,7 @@ def kill_and_resume(folder: Path, fault: dict[str, object], left_alone: Result) 
     return str(fault["place"])
 
 
+@pytest.mark.slow
 def test_a_run_killed_anywhere_and_resumed_is_bit_identical(
     tmp_path: Path, left_alone: Result, request: pytest.FixtureRequest
 ) -> None:

@@ -70,6 +70,7 @@ def until_it_is_there(store: str, process: subprocess.Popen[str]) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_and_lies_costs_no_row(
     tmp_path: Path, server: ServerProcess, request: pytest.FixtureRequest
 ) -> None:

@@ -99,3 +99,11 @@ def test_pocket_needs_neither_network_nor_gpu() -> None:
     assert not (config.deepspeed.enabled or config.training.bf16)
     assert (config.launch.nproc, config.launch.gpus) == ("auto", None)
     assert (config.custom.emit_norm, config.prompts.scheme, config.prompts.language) == ("norm100", "A", "en")
+
+
+def test_a_profile_that_nobody_asked_for_is_told_where_the_model_is_another() -> None:
+    """Rates and lengths of the built-in base ruin a real model without a word."""
+    (told,) = load("last6_lora", overrides={"model": "random:4b"}).warnings
+    assert "profile pocket" in told and "--profile published" in told
+    asked = load("last6_lora", profile="published", overrides={"model": "random:4b"})
+    assert asked.warnings == load("last6_lora").warnings == ()

@@ -427,14 +427,6 @@ def test_models_that_are_not_paths_stay_as_they_are(loaded, model: str) -> None:
     assert loaded(f"model: {{model: '{model}'}}").config.model.model == model
 
 
-def test_a_profile_that_nobody_asked_for_is_told_where_the_model_is_another() -> None:
-    """Rates and lengths of the built-in base ruin a real model without a word."""
-    (told,) = load("last6_lora", overrides={"model": "random:4b"}).warnings
-    assert "profile pocket" in told and "--profile published" in told
-    asked = load("last6_lora", profile="published", overrides={"model": "random:4b"})
-    assert asked.warnings == load("last6_lora").warnings == ()
-
-
 @pytest.mark.parametrize(
     ("model", "guess"), [("pockett", "pocket"), ("random:5b", "random:"), ("./gone", ""), ("/gone/x", "")]
 )
