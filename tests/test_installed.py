@@ -21,6 +21,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    install += ["--ignore-installed"]  # else pip takes away what this environment itself has, wherever it installs to
     subprocess.run([*install, "--prefix", prefix, source], check=True)
     shutil.rmtree(source)
     return prefix
