@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -94,7 +95,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def invoke(words: list[str]) -> Result:
-    """A command of ours in this process, errors of the user as the exit status that they get."""
+    """A command of ours in this process, which forgets the store that the command before has told MLflow of."""
+    mlflow.set_tracking_uri(None)
     cli = analysis_cli if words[0] == "analysis" else trainer_cli
     return CliRunner().invoke(cli, words[1:], standalone_mode=False)
 
