@@ -254,19 +254,16 @@ def _fresh_seed(*rows: Row) -> str:
 
 def _missing_cells(ranking: Ranking) -> list[Step]:
     """Of the depths and methods that were run, the combinations that were not."""
-    have: dict[tuple[str, str], Row] = {}
-    if ended_early(ranking):
-        return []  # what lacks here was not left out
-    for row in ranking.rows:
-        params = row.readings[0].run.params
-        if params.get(SCHEDULE, "null") != "null":
+    have: dict[tuple[str, str], Run] = {}
+    for run in (*(row.readings[0].run for row in ranking.rows), *(one.run for one in ended_early(ranking))):
+        if run.params.get(SCHEDULE, "null") != "null":
             continue  # blocks that begin one after another are no depth
-        have.setdefault((params.get(BLOCKS, ""), params.get(METHOD, "")), row)
+        have.setdefault((run.params.get(BLOCKS, ""), run.params.get(METHOD, "")), run)
     steps = []
     for depth in dict.fromkeys(depth for depth, method in have if method in METHODS):
         for method in METHODS:
             if (depth, method) not in have:
-                run = next(have[depth, m] for m in METHODS if (depth, m) in have).readings[0].run
+                run = next(have[depth, m] for m in METHODS if (depth, m) in have)
                 text = f"The 2x2 of depth and method lacks vision blocks {depth} trained by {method}."
                 steps.append(Step(text, _command_for_cell(run, depth, method)))
     return steps

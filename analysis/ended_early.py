@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from analysis.ranking import Ranking
-from analysis.runs import PARENT
+from analysis.runs import PARENT, Run
 from trainer import names
 
 BEHIND = "behind"
@@ -20,6 +20,8 @@ class EndedEarly:
     """`behind` or `equivalent`, as `trainer.halving` has it."""
     where: str
     """`518 samples`."""
+    run: Run
+    """One of its runs."""
 
 
 def ended_early(ranking: Ranking) -> list[EndedEarly]:
@@ -33,7 +35,7 @@ def ended_early(ranking: Ranking) -> list[EndedEarly]:
         if why and run.tags.get(PARENT) in parents:
             verdict, _, where = why.partition(" at ")
             arm = run.tags.get(names.TAG_ARM, run.strategy)
-            found[arm] = EndedEarly(arm, verdict, where)
+            found[arm] = EndedEarly(arm, verdict, where, run)
     return [found[arm] for arm in sorted(found)]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -115,14 +116,18 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return store, parent
 
 
-def test_a_comparison_becomes_a_recording(
-    compared: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its arms on its seeds, without what only tried a rate; as `fresh` reads it."""
+@pytest.fixture
+def parent(compared: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The comparison's parent, with its store in the environment, while recordings go to `tmp_path`."""
     monkeypatch.setattr(page, "FOLDER", tmp_path)
     with without_mlflow_variables():
         monkeypatch.setenv("MLFLOW_TRACKING_URI", compared[0])
-        page.extract("first", [compared[1]])
+        yield compared[1]
+
+
+def test_a_comparison_becomes_a_recording(parent: str, tmp_path: Path) -> None:
+    """Its arms on its seeds, without what only tried a rate; as `fresh` reads it."""
+    page.extract("first", [parent])
     (found,) = fresh(tmp_path)
     assert (found.name, found.groups(), found.every) == ("first", [(1, 2)], 40)
     assert [found.rung(share, 80) for share in (0.2, 0.4, 1)] == [80, 80, 80]  # two evaluations at the least
@@ -131,27 +136,19 @@ def test_a_comparison_becomes_a_recording(
     assert len(pd.read_parquet(tmp_path / "first.parquet")) == 12
 
 
-def test_seeds_that_were_added_later_belong_to_the_same_recording(
-    compared: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_seeds_that_were_added_later_belong_to_the_same_recording(parent: str, tmp_path: Path) -> None:
     """Runs below two parents; a run that an arm has in both is refused, since only one of them could be taken."""
-    monkeypatch.setattr(page, "FOLDER", tmp_path)
-    with without_mlflow_variables():
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", compared[0])
-        page.extract("first", [compared[1], "later"])
-        (found,) = fresh(tmp_path)
-        assert {arm: sorted(of) for arm, of in found.curves.items()} == {"a": [1, 2, 3], "b": [1, 2, 3]}
-        with pytest.raises(SystemExit, match="one finished run for every arm and seed"):
-            page.extract("first", [compared[1], "other"])
+    page.extract("first", [parent, "later"])
+    (found,) = fresh(tmp_path)
+    assert {arm: sorted(of) for arm, of in found.curves.items()} == {"a": [1, 2, 3], "b": [1, 2, 3]}
+    with pytest.raises(SystemExit, match="one finished run for every arm and seed"):
+        page.extract("first", [parent, "other"])
 
 
-def test_what_is_not_whole_is_not_recorded(
-    compared: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Runs below nothing; and a comparison of which an arm was ended early."""
-    monkeypatch.setattr(page, "FOLDER", tmp_path)
-    with without_mlflow_variables():
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", compared[0])
-        with pytest.raises(SystemExit, match="0 runs below nowhere"):
-            page.extract("first", ["nowhere"])
+def test_what_is_not_whole_is_not_recorded(parent: str, tmp_path: Path) -> None:
+    """Runs below nothing; and an arm that lacks a seed."""
+    with pytest.raises(SystemExit, match="0 runs below nowhere"):
+        page.extract("first", ["nowhere"])
+    with pytest.raises(SystemExit, match="one finished run for every arm and seed"):
+        page.extract("first", ["later", "other"])
     assert list(tmp_path.iterdir()) == []

@@ -12,11 +12,20 @@ from tests.analysis.test_ranking import LOSS, run
 from trainer.errors import UserError
 
 
+def cell(arm: str) -> dict[str, str]:
+    """Depth and method of an arm that is named by them, such as last6_lora."""
+    depth, _, method = arm.partition("_")
+    blocks = {"all": "all", "last6": "last-6"}.get(depth, "")
+    return {"strategy.vision.blocks": blocks, "strategy.vision.method": method} if method else {}
+
+
 def halved(*left: str, parent: str = "p", **ended: str) -> Ranking:
     """Three seeds of every arm: those of `left` finished, the others with why they were ended, below one parent run."""
-    finished = [run(arm, seed, 0.5 + seed / 1000, tags={PARENT: "p"}) for arm in left for seed in (1, 2, 3)]
+    finished = [
+        run(arm, seed, 0.5 + seed / 1000, tags={PARENT: "p"}, params=cell(arm)) for arm in left for seed in (1, 2, 3)
+    ]
     stopped = [
-        run(arm, seed, status="KILLED", tags={PARENT: parent, "halving": f"{why} at 518 samples"})
+        run(arm, seed, status="KILLED", tags={PARENT: parent, "halving": f"{why} at 518 samples"}, params=cell(arm))
         for arm, why in ended.items()
         for seed in (1, 2, 3)
     ]
@@ -43,11 +52,18 @@ def test_arms_of_another_comparison_are_not_among_them() -> None:
 
 @pytest.mark.parametrize(("why", "confidence"), [("behind", "moderate"), ("equivalent", "low")])
 def test_how_sure_it_is(why: str, confidence: str) -> None:
-    """Never high: curves can cross. What was ended is not asked to be run."""
-    found = halved("a", b=why)
-    assert recommendation(found, []).confidence == confidence
-    assert "assumption" in recommendation(found, []).why[-1]
-    assert not any("lacks" in step.why for step in next_steps(found, []))
+    """Never high: curves can cross."""
+    found = recommendation(halved("a", b=why), [])
+    assert found.confidence == confidence and "assumption" in found.why[-1]
+
+
+@pytest.mark.parametrize(
+    ("arms", "lacking"), [("all_full", []), ("last6_full", ["last-6 trained by lora", "all trained by full"])]
+)
+def test_what_was_ended_is_not_asked_to_be_run(arms: str, lacking: list[str]) -> None:
+    """A cell of the 2x2 of depth and method that no arm had is."""
+    found = [step.why for step in next_steps(halved("all_lora", **{arms: "behind"}), []) if "lacks" in step.why]
+    assert len(found) == len(lacking) and all(any(cell in why for why in found) for cell in lacking)
 
 
 class Empty:
