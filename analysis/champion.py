@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from analysis.store import Store
 from analysis.verdict import pair_of, standing
 from trainer import names
 from trainer.checkpoint import file_sha256
+from trainer.config.problems import shown
 from trainer.errors import UserError
 
 _TOLD = (names.EVAL_LOSS, names.BEST_LOSS, names.F1, names.GAP, names.VISION_GAIN)
@@ -34,8 +36,10 @@ def promote(store: Store, ranking: Ranking, model: str, alias: str, *, anyway: b
         The version, and the run that it is of: of the winner's seeds the one with the best value.
 
     Raises:
-        UserError: the winner is not distinguishable from the second, or its checkpoint is not to be had or not whole.
+        UserError: MLflow does not take these names, the winner is not distinguishable from the second, or its
+            checkpoint is not to be had or not whole.
     """
+    _check_names(model, alias)
     finite = [row for row in ranking.rows if not math.isnan(row.estimates[ranking.by].mean)]
     if not finite:
         raise UserError(str(store), "no run that can be ranked", "at least one", "see why: python -m analysis rank")
@@ -67,6 +71,15 @@ def promote(store: Store, ranking: Ranking, model: str, alias: str, *, anyway: b
         **{name: f"{value:.6g}" for name, value in values.items() if not math.isnan(value)},
     }
     return store.promote(best.run.id, folder, model, alias, tags), best
+
+
+def _check_names(model: str, alias: str) -> None:
+    """Refuse what MLflow would, which tells it as if the store were at fault."""
+    if not model.strip() or set(model) & set("/:"):
+        raise UserError("--name", shown(model), "a name without / and :", "take one such as qwen3vl-vision")
+    if not re.fullmatch(r"[\w-]+", alias, re.ASCII) or re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
+        allowed = "letters, digits, _ and -; not latest, nor v and a number"
+        raise UserError("--alias", shown(alias), allowed, "take one such as champion")
 
 
 def _why_not(pair: Difference | None, ended: Sequence[EndedEarly]) -> str:

@@ -72,6 +72,17 @@ def test_nothing_to_promote_is_told() -> None:
         promote("store", rank([], LOSS, At()), "m", "a", anyway=True)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("name", "alias", "option"),
+    [("a/b", "champion", "--name"), (" ", "champion", "--name"), ("m", "a b", "--alias"), ("m", "v2", "--alias"),
+     ("m", "Latest", "--alias"), ("m", "", "--alias")],
+)  # fmt: skip
+def test_a_name_that_mlflow_does_not_take_is_told_as_that(name: str, alias: str, option: str) -> None:
+    """And not as a fault of the store."""
+    with pytest.raises(UserError, match=option):
+        promote("store", ranking(REVERSED), name, alias, anyway=True)  # type: ignore[arg-type]
+
+
 def test_a_row_a_run_has_no_verdict_on_seeds() -> None:
     """And keeps every run, also those of one name."""
     twins = [read(run(seed=17, id=f"aaaaaa{i}"), LOSS, At(), {}) for i in range(3)]
