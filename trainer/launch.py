@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from trainer.errors import ConfigError, Interrupted
 from trainer.hosts import network, scheduler
-from trainer.signals import pass_on
+from trainer.signals import SIGNALS, pass_on
 
 _STARTED_AS_RANK = scheduler.adopt(os.environ)  # at the start: `_alone` makes a lone process a rank of one
 STATUSES, ROUND = "TRAINER_STATUSES", "TRAINER_ROUND"
@@ -202,10 +202,12 @@ def with_the_others() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if is_rank() and is_of_another(error):
-            print(told_of_another(error), file=sys.stderr)
-            raise Interrupted("by the end of another rank, at the newest resume point") from error
+    except BaseException as error:
+        if is_rank():
+            SIGNALS.ending()
+            if is_of_another(error):
+                print(told_of_another(error), file=sys.stderr)
+                raise Interrupted("by the end of another rank, at the newest resume point") from error
         raise
 
 

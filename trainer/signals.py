@@ -32,7 +32,7 @@ class Signals:
         self.stop, self.save = False, False
         self.number = signal.SIGTERM
         """The signal that has asked for the end."""
-        self._asked, self._in_training, self._is_rank = -math.inf, False, False
+        self._asked, self._in_training, self._is_rank, self._ending = -math.inf, False, False, False
 
     def install(self, *, is_rank: bool) -> None:
         """Listen. Signals that whoever started us ignores (nohup, a shell's background) stay ignored.
@@ -61,12 +61,22 @@ class Signals:
         if self.stop:  # it came during the last save, where nobody asks any more
             raise Interrupted("after the last optimizer step, a resume point is written")
 
+    def ending(self) -> None:
+        """Say that this process closes its run and ends, in bounded time: who asks for the end has it.
+
+        Where one rank dies, the launcher asks the others, which may have noticed before it; a signal would leave the
+        MLflow run of the first one open.
+        """
+        self._ending = True
+
     @property
     def status(self) -> int:
         """Exit status of a process that was ended by the signal."""
         return 128 + self.number
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._ending and number == signal.SIGTERM:
+            return
         before, self._asked = self._asked, time.monotonic()
         again = self._asked - before < SAME_WISH_SECONDS
         by_hand = number == signal.SIGINT and not self._is_rank

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.running import ROOT, environment
+from trainer import launch
 from trainer.errors import Interrupted
 from trainer.signals import SAME_WISH_SECONDS, Signals
 
@@ -87,6 +88,19 @@ def test_on_a_rank_ctrl_c_of_terminal_and_launcher_is_one(monkeypatch: pytest.Mo
     with pytest.raises(Interrupted), signals.in_training():
         send(INT, INT)
     assert signals.stop
+
+
+def test_a_rank_that_has_lost_another_closes_the_run_whatever_its_launcher_asks(
+    monkeypatch: pytest.MonkeyPatch, signals: Signals
+) -> None:
+    """The launcher's SIGTERM may come while the run's end is delivered; a Ctrl-C still ends that."""
+    monkeypatch.setattr(launch, "is_rank", lambda: True)
+    monkeypatch.setattr(launch, "SIGNALS", signals)
+    with pytest.raises(Interrupted), launch.with_the_others(), signals.in_training():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    send(TERM)
+    with pytest.raises(KeyboardInterrupt):
+        send(INT)
 
 
 def test_usr1_asks_for_a_resume_point_at_any_time(signals: Signals) -> None:
