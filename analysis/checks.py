@@ -10,6 +10,9 @@ OVERFIT_PERCENT = 1.0
 """The end is this much above the lowest eval loss, and the lowest lies in the first half: overfitting."""
 BUDGET_RATIO = 1.1
 """Arms that differ by more in what they saw or how long they ran did not have equal budgets."""
+SMOOTHING_PERCENT = 3.0
+"""Smoothing that moves arms against each other by more of the loss is no smoothing of noise: single evaluations of the
+published runs, evaluated hundreds of times each, stray by 2.1 %."""
 NO_VISION_PERCENT = 1.0
 """A vision gain below this part of the eval loss: the model hardly looks."""
 
@@ -253,6 +256,20 @@ def f1_disagrees(subject: Subject) -> list[Finding]:
     return [Finding("f1_disagrees", text, {arm.name: arm.f1 for arm in arms})]
 
 
+def smoothing(subject: Subject) -> list[Finding]:
+    """Ranked by a smoothed loss, in which an arm that was evaluated more seldom has more of its early losses."""
+    arms = [arm for arm in subject.arms if arm.ranked == arm.eval_loss_smoothed and known(arm.eval_loss)]
+    added = {arm.name: arm.ranked - arm.eval_loss for arm in arms}
+    if not arms or max(added.values()) - min(added.values()) <= SMOOTHING_PERCENT / 100 * arms[0].eval_loss:
+        return []
+    listed = ", ".join(f"{name} {value:+.4f}" for name, value in added.items())
+    text = (
+        f"Smoothing adds unequally to the eval losses ({listed}): early losses weigh more in arms that were evaluated "
+        f"more seldom. Rank by {names.EVAL_LOSS}."
+    )
+    return [Finding("smoothing", text, added)]
+
+
 def does_not_look(subject: Subject) -> list[Finding]:
     """The loss hardly changes when images are exchanged: the model answers without looking."""
     found = {arm.name: arm.vision_gain for arm in subject.arms
@@ -303,7 +320,7 @@ CHECKS: dict[str, Callable[[Subject], list[Finding]]] = {
     for check in (
         one_seed, diverged, overfitting, unequal_budget, accumulation, points_after_the_end, margins, effective_batch,
         best_fit_disagrees, full_fits_better, full_needs_accumulation, not_alike, rates_not_tuned, gates, f1_disagrees,
-        does_not_look, rate_at_the_edge, gap_under_augmentation,
+        does_not_look, rate_at_the_edge, gap_under_augmentation, smoothing,
     )
 }  # fmt: skip
 

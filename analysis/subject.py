@@ -43,6 +43,7 @@ class Arm:
     ranked: float = NAN
     """The value that it is ranked by."""
     eval_loss: float = NAN
+    eval_loss_smoothed: float = NAN
     train_loss: float = NAN
     train_loss_smoothed: float = NAN
     lowest: float = NAN
@@ -145,6 +146,7 @@ def _arm(row: Row, by: str, printed: Mapping[str, Any], *, at_end: bool) -> Arm:
         n_diverged=row.estimates[by].excluded,
         ranked=mean(by),
         eval_loss=mean(names.EVAL_LOSS),
+        eval_loss_smoothed=mean(names.EVAL_LOSS_SMOOTHED),
         train_loss=mean(names.TRAIN_LOSS),
         train_loss_smoothed=mean(names.TRAIN_LOSS_SMOOTHED),
         lowest=mean(names.BEST_LOSS),

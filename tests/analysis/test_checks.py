@@ -11,6 +11,7 @@ from analysis.published import published_files, published_runs
 from analysis.ranking import At, Reading, rank, read
 from analysis.runs import Run
 from analysis.subject import Arm, Subject, subject_of
+from benchmarks import recorded
 from tests.analysis.test_ranking import readings
 from tests.analysis.test_ranking import run as a_run
 
@@ -71,10 +72,10 @@ def sound() -> Subject:
     known = facts(base_model__digest="b", data__train_digest="t") | {"dtype/vision": frozenset({"float32"})}
     arms = [
         Arm(
-            name=name, n_seeds=3, ranked=0.5 + shift, eval_loss=0.5 + shift, train_loss=0.4 + shift,
-            train_loss_smoothed=0.41 + shift, lowest=0.5 + shift, lowest_step=100, final_step=100, hours=2.0,
-            samples=1600, gap=0.1, f1=0.6 - shift, vision_gain=0.3, micro_batch=1, accumulation=2, blocks=name,
-            method=method, vit_lr=1e-4, facts=known,
+            name=name, n_seeds=3, ranked=0.5 + shift, eval_loss=0.5 + shift, eval_loss_smoothed=0.5 + shift,
+            train_loss=0.4 + shift, train_loss_smoothed=0.41 + shift, lowest=0.5 + shift, lowest_step=100,
+            final_step=100, hours=2.0, samples=1600, gap=0.1, f1=0.6 - shift, vision_gain=0.3, micro_batch=1,
+            accumulation=2, blocks=name, method=method, vit_lr=1e-4, facts=known,
         )
         for name, method, shift in (("first", "full", 0.0), ("second", "lora", 0.05), ("third", "lora", 0.1))
     ]  # fmt: skip
@@ -111,6 +112,7 @@ PLANTED: dict[str, Callable[[Subject], Subject]] = {
     "rates_not_tuned": lambda s: with_arm(s, 1, vit_lr=2e-4),
     "gates": lambda s: with_arm(s, 1, gate=frozenset({"passed", ""})),
     "f1_disagrees": lambda s: with_arm(s, 2, f1=0.7),
+    "smoothing": lambda s: with_arm(s, 1, eval_loss=0.53),
     "does_not_look": lambda s: with_arm(s, 1, vision_gain=0.004),
     "rate_at_the_edge": lambda s: swept(s, (1e-4, 2e-4, 3e-4)),
     "gap_under_augmentation": lambda s: with_arm(s, 2, augmentation="clean"),
@@ -165,6 +167,13 @@ def test_a_winner_inside_the_swept_range_and_equal_tries_are_no_finding() -> Non
         sound(), arms=[*sound().arms[:2], *(replace(arm, name=arm.name + "2", vit_lr=2e-4) for arm in sound().arms[:2])]
     )
     assert "rates_not_tuned" not in {finding.check for finding in careful_reading(two)}
+
+
+@pytest.mark.parametrize(("by", "told"), [("eval/loss_smoothed", True), ("eval/loss", False)])
+def test_the_recorded_arms_should_not_be_ranked_by_the_smoothed_loss(by: str, told: bool) -> None:
+    """all_full was evaluated half as often as the others: smoothing takes most of what it is ahead of last6_lora."""
+    found = [reading for run in recorded.runs() if isinstance(reading := read(run, by, At(), {}), Reading)]
+    assert ("smoothing" in {finding.check for finding in careful_reading(subject_of(rank(found, by, At())))}) == told
 
 
 def test_what_is_not_known_is_not_spoken_of() -> None:
