@@ -1,20 +1,22 @@
 """Checks the data set of a configuration: everything that is wrong with it, what is suspicious, and its numbers."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
 from trainer.budget import step_plan_from
+from trainer.config.problems import counted, nearest
 from trainer.config.resolved import Resolved
 from trainer.config.schema import Config
 from trainer.data.images import equal_files
 from trainer.data.loader import SampleSet
 from trainer.data.prompts import Taxonomy
-from trainer.data.records import Reading, Record, bad_records_error, check_records
+from trainer.data.records import OPTIONAL_KEYS, Reading, Record, bad_records_error, check_records
 from trainer.data.statistics import Epoch, Limit, Measured, SetStatistics, first_epoch, set_statistics, tried_limits
 from trainer.data.suspicions import Subject, Suspicion, suspicions
 from trainer.data.template import Encoder
@@ -22,6 +24,9 @@ from trainer.data.turns import possible
 from trainer.datasets import check_summaries, files_from, make_encoder, mix_from, spread
 from trainer.errors import DataError
 from trainer.model import load_tools
+
+_TRIED = 1_000
+"""Keys of the user's own that are held against ours: beyond, keys are data."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class CheckedSet:
         faults: everything that is wrong with each bad record, by its id.
         records: what can be trained on; of a larger file `custom.max_records` of them.
         measured: those, and the sound ones that are too long.
+        unread: key that nothing reads -> ids of the records that have it.
     """
 
     path: Path
@@ -41,6 +47,7 @@ class CheckedSet:
     faults: Mapping[str, tuple[str, ...]]
     records: tuple[Record, ...]
     measured: tuple[Measured, ...]
+    unread: Mapping[str, Sequence[str]]
 
     def problems(self) -> list[str]:
         """One line for each fault, beginning with the record's id."""
@@ -104,7 +111,7 @@ def validate(resolved: Resolved, console: Console | None = None) -> Validation:
         epoch=epoch,
         limits=tuple(limits),
         errors=(*errors, *_refused(config, sets)),
-        warnings=(*_left_out(config, sets), *noticed),
+        warnings=(*_left_out(config, sets), *_misspelt(sets), *noticed),
     )
 
 
@@ -139,7 +146,7 @@ def _measured(
             fitting.append(record)
         if not encoder.image_problem(record):
             measured.append(Measured(record, encoder.token_counts(record)))
-    return CheckedSet(path, reading.n_records, faults, tuple(fitting), tuple(measured))
+    return CheckedSet(path, reading.n_records, faults, tuple(fitting), tuple(measured), reading.unread)
 
 
 def _first_epoch(config: Config, sets: Mapping[str, CheckedSet], encoder: Encoder) -> Epoch | None:
@@ -167,6 +174,17 @@ def _left_out(config: Config, sets: Mapping[str, CheckedSet]) -> Iterator[Suspic
         if each.faults and each.records and config.custom.on_bad_record == "skip":
             text = f"records of {name} that are left out (custom.on_bad_record: skip): {len(each.faults):,}"
             yield Suspicion("bad_records", text, tuple(each.problems()))
+
+
+def _misspelt(sets: Mapping[str, CheckedSet]) -> Iterator[Suspicion]:
+    """Keys that have no effect, and that are nearly one that would."""
+    for name, each in sets.items():
+        found = {key: meant for key in islice(each.unread, _TRIED) if (meant := nearest(key, OPTIONAL_KEYS))}
+        if found:
+            ids = {key: each.unread[key] for key in found}
+            places = [f"{ids[key][0]}: {key!r}, in {counted(len(ids[key]), 'record')}; {found[key]}?" for key in found]
+            text = f"keys of {name} that nothing reads, nearly those that are read: {len(found)}"
+            yield Suspicion("misspelt_keys", text, tuple(places))
 
 
 @contextmanager

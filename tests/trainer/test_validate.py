@@ -152,6 +152,17 @@ def test_bad_records_that_are_skipped_are_warnings(check: Callable[..., Validati
     assert (found.epoch, found.warnings) == (None, ())
 
 
+def test_a_misspelt_key_that_may_be_left_out_is_a_warning(check: Callable[..., Validation]) -> None:
+    """It has no effect, in a record or in an object; keys of the user's own are nobody's business."""
+    found = check(changed(lambda sets: [
+        *(each.update(domian="street", camera=7) for each in sets["train"][:2]),
+        sets["train"][1]["objects"][0].update(imge=0, track="x"),
+    ]))  # fmt: skip
+    (warning,) = (warning for warning in found.warnings if warning.check == "misspelt_keys")
+    told = ["train.jsonl:1: 'domian', in 2 records; domain?", "train.jsonl:2: 'imge', in 1 record; image?"]
+    assert found.errors == () and sorted(warning.places) == told
+
+
 def test_a_file_without_a_record_does_not_hide_the_faults_of_the_others(check: Callable[..., Validation]) -> None:
     """Each is told; the numbers are those of what could be read."""
     found = check(SOUND | {"train": [], "val": ["{", *SOUND["val"]]})

@@ -4,8 +4,9 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, repeat
 from pathlib import Path
@@ -80,6 +81,12 @@ Task = Literal["dense", "summary"]
 
 TASKS: tuple[Task, ...] = get_args(Task)
 
+OPTIONAL_KEYS = ("domain", "weight", "summary", "image", "line_points")
+"""Keys of records and of objects that may be left out: one that is misspelt is no fault, and has no effect."""
+
+_KEYS = {"images", "width", "height", "objects", "domain", "weight", "summary"}
+_KEYS_OF_OBJECTS = {*KINDS, "desc", "image", "line_points"}
+
 
 @dataclass(frozen=True)
 class Record:
@@ -123,6 +130,8 @@ class Reading:
     records: tuple[Record, ...]
     faults: Mapping[str, tuple[str, ...]]
     """By the id of the record; each begins with `:` or `, object 3:`."""
+    unread: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Key of records or objects that nothing reads -> ids of the records that have it."""
 
     @property
     def n_records(self) -> int:
@@ -169,12 +178,13 @@ def check_records(jsonl: Path, *, allow_outside_root: bool = False) -> Reading:
     sizes: dict[Path, Size | str] = image_sizes(images - astray.keys())
     for image, real in astray.items():
         sizes[image] = f"leads out of the data root to {real}; `custom.allow_outside_root: true` allows that"
-    for _, draft in drafts:
+    unread: defaultdict[str, list[str]] = defaultdict(list)
+    for name, draft in drafts:
         draft.check_images(sizes)
-    return Reading(
-        tuple(draft.record(name) for name, draft in drafts if not draft.problems),
-        {name: tuple(draft.problems) for name, draft in drafts if draft.problems},
-    )
+        for key in draft.unread:
+            unread[key].append(name)
+    sound = tuple(draft.record(name) for name, draft in drafts if not draft.problems)
+    return Reading(sound, {name: tuple(draft.problems) for name, draft in drafts if draft.problems}, unread)
 
 
 def bad_records_error(path: Path, problems: list[str], *, n_bad: int, n_records: int) -> DataError:
@@ -203,11 +213,12 @@ def bad_records_error(path: Path, problems: list[str], *, n_bad: int, n_records:
 class _Draft:
     """One line on its way to a record: what could be read of it, and everything that is wrong with it."""
 
-    __slots__ = ("_domain", "_objects", "_size", "_summary", "_weight", "images", "problems")
+    __slots__ = ("_domain", "_objects", "_size", "_summary", "_weight", "images", "problems", "unread")
 
     def __init__(self, line: bytes, path_of: Callable[[str], Path]) -> None:
         self.problems: list[str] = []
         self.images: tuple[Path, ...] = ()
+        self.unread: set[str] = set()
         self._size: Size | None = None
         self._objects: tuple[Object, ...] = ()
         try:
@@ -218,6 +229,7 @@ class _Draft:
         if not isinstance(tree, dict):
             self.problems.append(f": not a JSON object but {_short(tree)}")
             return
+        self.unread |= tree.keys() - _KEYS
         self._summary, self._domain, self._weight = tree.get("summary"), tree.get("domain"), tree.get("weight", 1)
         self._read_images(tree.get("images"), path_of)
         self._read_size(tree.get("width"), tree.get("height"))
@@ -277,6 +289,7 @@ class _Draft:
         for number, tree in enumerate(objects, 1):
             found = _read_object(tree, self._size, n_images)
             if isinstance(found, Object):
+                self.unread |= tree.keys() - _KEYS_OF_OBJECTS
                 sound.append(found)
             else:
                 self.problems += [f", object {number}: {problem}" for problem in found]
