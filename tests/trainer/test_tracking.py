@@ -111,14 +111,16 @@ def test_without_anything_given_a_run_is_made_in_our_experiment(store: str) -> N
     assert run.data.tags["mlflow.user"] and run.data.tags["mlflow.source.name"]
 
 
-def test_the_default_store_is_mlflow_db_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where a folder mlruns lies about, which makes MLflow itself fall back to a file store."""
+def test_the_default_store_is_mlflow_db_in_the_current_folder(tmp_path: Path) -> None:
+    """Even where a folder mlruns lies about, which makes MLflow itself fall back to a file store.
+
+    In a process of its own: MLflow keeps what it has opened by a name that is the same in every folder.
+    """
     empty_store(tmp_path)
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "mlruns" / "0").mkdir(parents=True)
     (tmp_path / "mlruns" / "0" / "meta.yaml").write_text("experiment_id: '0'\n")
-    with open_run(run_name="r"):
-        pass
+    code = "from tests.running import open_run\nwith open_run(run_name='r'):\n    pass"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(None, PYTHONPATH=str(ROOT)), check=True)
     assert only_run(f"sqlite:///{tmp_path}/mlflow.db").info.status == "FINISHED"
 
 
