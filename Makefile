@@ -15,9 +15,11 @@ STRATEGIES := last6_lora last6_full all_lora all_full frozen_vision last4_lora l
 
 help:
 	@echo "make last6_lora     train a strategy (also: $(filter-out last6_lora,$(STRATEGIES))); ARGS='-P seed=18' passes more"
+	@echo "make setup          .venv with the project in it; make setup-dev: and what tests need"
 	@echo "make ui             open the MLflow UI on what was trained"
-	@echo "make test           set up and run the tests      make check   ruff, format, mypy"
+	@echo "make test           set up and run the tests      make check   ruff, format, mypy (make format: mend)"
 	@echo "make test-faults    kill runs, servers and disks; ARGS=--long as often as docs/reliability.md says (an hour)"
+	@echo "make test-slow      tests that take minutes       make test-environment   build what conda.yaml describes, with uv"
 	@echo "make pocket_base    train the built-in base model again (about 25 minutes on two cores)"
 
 setup: $(VENV)/.installed

@@ -18,6 +18,7 @@ from trainer.options import (
     overrides,
     quiet_libraries,
     switch,
+    tell,
     whole_number,
 )
 
@@ -96,6 +97,7 @@ def sweep(
     from trainer.sweep.sweep_file import read_sweep
 
     asked = read_sweep(file, profile=profile, overrides=given, seeds=seeds, trials=trials)
+    tell(asked.resolved(asked.first()))
     name = study or asked.name
     if not name.replace("-", "_").replace(".", "_").isidentifier():
         raise ConfigError("--study", shown(name), "letters, digits, -, _ and .", "choose such a name")

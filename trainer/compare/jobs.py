@@ -156,7 +156,7 @@ def run_all(
     """Run jobs to their ends, in order, so many at once; a job that fails stops no other.
 
     Where this process is interrupted, all of them are asked to end, resumably, before it goes on to end itself; what
-    has not ended half a minute later is killed. Where it dies without a word, they end by themselves.
+    has not ended five minutes later is killed. Where it dies without a word, they end by themselves.
 
     Args:
         jobs: each with a folder of its own.
