@@ -88,6 +88,11 @@ def gather(store: Store, ranking: Ranking, *, seed: str | None, val_jsonl: Path 
     Raises:
         UserError: no answers, no validation file, or another one than the runs were scored on.
     """
+    if not ranking.rows:
+        raise UserError(
+            "gallery", "no run that can be ranked", "runs that finished and passed their training gate",
+            "see why: python -m analysis rank",
+        )  # fmt: skip
     arms = chosen_runs(ranking, seed)
     answers = {label: _answers(store, reading) for label, reading in arms.items()}
     told = {label: found for label, found in answers.items() if found}

@@ -171,7 +171,8 @@ def gap_bars(ranking: Ranking) -> Figure | None:
 
 def costs(ranking: Ranking) -> Figure | None:
     """The ranked metric against what it cost, and the front of arms that no other beats in both."""
-    keys = [key for key in COSTS if any(row.estimates[key].n for row in ranking.rows)]
+    rows = [row for row in ranking.rows if row.estimates[ranking.by].n]
+    keys = [key for key in COSTS if any(row.estimates[key].n for row in rows)]
     if not keys:
         return None
     figure = Figure(figsize=(3.1 * len(keys), 3.1), layout="constrained")
@@ -179,7 +180,7 @@ def costs(ranking: Ranking) -> Figure | None:
     styles = looks([row.label for row in ranking.rows])
     for plot, key in zip(plots, keys, strict=True):
         label, scale = COSTS[key]
-        shown = [row for row in ranking.rows if row.estimates[key].n and row.estimates[ranking.by].n]
+        shown = [row for row in rows if row.estimates[key].n]
         for row in shown:
             cost, quality, look = row.estimates[key], row.estimates[ranking.by], styles[row.label]
             plot.errorbar(

@@ -34,7 +34,7 @@ def published_runs(path: Path) -> list[Imported]:
     tree = _tree(path)
     try:
         return [_imported(tree, arm, run) for arm, run in tree["runs"].items()]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise _not_such_a_file(path, error) from None
 
 
@@ -44,7 +44,7 @@ def _tree(path: Path) -> Any:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         for section in ("comparison", "date", "common", "printed", "runs"):
             tree[section]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise _not_such_a_file(path, error) from None
     return tree
 

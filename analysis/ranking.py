@@ -183,6 +183,8 @@ def read(run: Run, by: str, at: At, curves: Mapping[str, Curve]) -> Reading | st
     step = _step_at(at, curves[losses], curves)
     if isinstance(step, str):
         return step
+    if by in curves and not (curves[by].steps <= step).any():
+        return f"has no {by} at {at} or before"
     values |= {metric: curves[metric].at_or_before(step) for metric in {*CURVES, by} & curves.keys()}
     values[STEP] = step
     return Reading(run, values)

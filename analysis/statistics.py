@@ -22,6 +22,8 @@ ALL_PAIRS = 40
 """Up to so many strategies every pair is compared: 780 pairs take a second."""
 
 NAN = math.nan
+_ROUNDING = 16 * float(np.finfo(np.float64).eps)
+"""Of the largest value: values whose spread is not above it are all the same but for rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ def difference(
     common = sorted(a.keys() & b.keys())
     if len(common) >= 2:
         differences = [b[block] - a[block] for block in common]
-        p = _one_sample_p(differences)
+        p = _one_sample_p(differences, max(abs(of[block]) for of in (a, b) for block in common))
         method: Literal["paired", "untested"] = "untested" if math.isnan(p) else "paired"
         return Difference(first, second, estimate(differences, confidence), p, method)
     x, y = np.array(list(a.values())), np.array(list(b.values()))
@@ -163,7 +165,8 @@ def contrast(
     shared = sorted(set.intersection(*({*of} for of in known.values())))
     if len(shared) >= 2:
         sums = [sum(w * known[name][block] for name, w in weights.items()) for block in shared]
-        return Contrast(estimate(sums, confidence), _one_sample_p(sums))
+        scale = sum(abs(w) * max(abs(known[name][block]) for block in shared) for name, w in weights.items())
+        return Contrast(estimate(sums, confidence), _one_sample_p(sums, scale))
     means = [w * float(np.mean([*known[name].values()])) if known[name] else NAN for name, w in weights.items()]
     return Contrast(Estimate(sum(means), NAN, NAN, min(len(of) for of in known.values())), NAN)
 
@@ -205,7 +208,7 @@ def interaction(values: ArrayLike) -> Interaction:
     freedom = (a - 1) * (b - 1), (a - 1) * (b - 1) * (seeds - 1)
     size = float(np.sqrt((both**2).mean()))
     noise = float((error**2).sum())
-    if seeds < 2 or noise == 0:
+    if seeds < 2 or noise <= y.size * (_ROUNDING * float(np.abs(y).max())) ** 2:
         return Interaction(NAN, NAN, freedom, size)
     f = seeds * float((both**2).sum()) / freedom[0] / (noise / freedom[1])
     return Interaction(f, float(stats.f.sf(f, *freedom)), freedom, size)
@@ -274,11 +277,9 @@ def seeds_to_settle(differences: Difference, *, power: float = 0.8, alpha: float
         The smallest n up to 1,000, or None: more, or not compared in pairs, or no spread to reckon with.
     """
     seen = differences.estimate
-    if seen.n < 2 or differences.method != "paired" or seen.mean == 0:
+    if seen.n < 2 or differences.method != "paired" or differences.p == 1:
         return None
     spread = seen.half_width * math.sqrt(seen.n) / float(stats.t.ppf((1 + CONFIDENCE) / 2, seen.n - 1))
-    if spread == 0:
-        return seen.n
 
     def found(n: int) -> bool:
         critical = stats.t.ppf(1 - alpha / 2, n - 1)
@@ -294,11 +295,16 @@ def _finite(values: Mapping[str, float]) -> dict[str, float]:
     return {block: value for block, value in values.items() if math.isfinite(value)}
 
 
-def _one_sample_p(values: Sequence[float]) -> float:
-    """Two-sided p that the mean of these is 0; nan where they are all the same and not 0: no spread to reckon with."""
-    spread = np.std(values, ddof=1)
-    if spread == 0:
-        return 1.0 if values[0] == 0 else NAN
+def _one_sample_p(values: Sequence[float], scale: float) -> float:
+    """Two-sided p that the mean of these is 0; nan where they are all the same and not 0: no spread to reckon with.
+
+    Args:
+        values: differences of two each, or longer sums.
+        scale: the largest value that they were made of, by whose rounding they may differ.
+    """
+    spread = float(np.std(values, ddof=1))
+    if spread <= _ROUNDING * scale:
+        return 1.0 if abs(np.mean(values)) <= _ROUNDING * scale else NAN
     t = float(np.mean(values) / (spread / math.sqrt(len(values))))
     return float(2 * stats.t.sf(abs(t), len(values) - 1))
 
@@ -307,8 +313,9 @@ def _welch(first: str, second: str, x: NDArray[np.float64], y: NDArray[np.float6
     """Welch's t test and interval, with the degrees of freedom of Welch and Satterthwaite."""
     vx, vy = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
     shift, n = float(y.mean() - x.mean()), min(len(x), len(y))
-    if vx + vy == 0:
-        if shift == 0:
+    nothing = _ROUNDING * float(max(np.abs(x).max(), np.abs(y).max()))
+    if math.sqrt(vx + vy) <= nothing:
+        if abs(shift) <= nothing:
             return Difference(first, second, Estimate(shift, shift, shift, n), 1.0, "welch")
         return Difference(first, second, Estimate(shift, NAN, NAN, n), NAN, "untested")
     freedom = (vx + vy) ** 2 / (vx**2 / (len(x) - 1) + vy**2 / (len(y) - 1))

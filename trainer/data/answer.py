@@ -103,4 +103,7 @@ def _parse_leaf(text: str, image: int) -> ParsedObject | None:
         return None
     if len(kinds) != 1 or not isinstance(desc, str) or count_problem(kinds[0], len(points)):
         return None
-    return ParsedObject(kinds[0], points, desc, image) if all(map(math.isfinite, points)) else None
+    if not all(map(math.isfinite, points)):
+        return None
+    # an escape may name half a letter, which no file takes
+    return ParsedObject(kinds[0], points, desc.encode("utf-8", "replace").decode("utf-8"), image)

@@ -21,10 +21,15 @@ def checkpoint_of(source: str) -> Path:
         UserError: there is none.
     """
     folder = Path(source)
-    if folder.is_dir():
-        inside = (folder, *(folder / kind for kind in _KINDS))
-        if found := next((each for each in inside if (each / MANIFEST).is_file()), None):
-            return found
+    try:
+        is_folder = folder.is_dir()
+        inside = (folder, *(folder / kind for kind in _KINDS)) if is_folder else ()
+        found = next((each for each in inside if (each / MANIFEST).is_file()), None)
+    except OSError as error:
+        raise _nothing(source, error.strerror or str(error)) from None
+    if found:
+        return found
+    if is_folder:
         raise _nothing(source, f"a folder without {MANIFEST}")
     if source.startswith("models:/") or _RUN_ID.fullmatch(source):
         from trainer.stored import fetched  # MLflow, which takes seconds

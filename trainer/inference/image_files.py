@@ -27,17 +27,28 @@ class Found:
     faults: dict[Path, str]
 
 
-def find_images(paths: Sequence[Path]) -> Found:
+def find_images(paths: Sequence[Path], *, but_below: Path | None = None) -> Found:
     """All images of files and folders.
 
+    Args:
+        paths: files, or folders with images.
+        but_below: a folder whose files are no images that were meant: those that are drawn there.
+
     Raises:
-        DataError: a path that is not there, or none that has an image.
+        DataError: a path that is not there or cannot be looked at, or none that has an image.
     """
     files: dict[Path, None] = {}
     for path in paths:
-        if not path.exists():
-            raise _no_images(path, "no such file or folder")
-        files |= dict.fromkeys(sorted(each for each in path.rglob("*") if _is_image(each)) if path.is_dir() else [path])
+        try:
+            path.stat()
+            inside = [*path.rglob("*")] if path.is_dir() else None
+        except FileNotFoundError:
+            raise _no_images(path, "no such file or folder") from None
+        except OSError as error:
+            raise _no_images(path, error.strerror or str(error)) from None
+        drawn = but_below.resolve() if but_below else None
+        of_folder = sorted(e for e in inside or () if _is_image(e) and not (drawn and drawn in e.resolve().parents))
+        files |= dict.fromkeys([path] if inside is None else of_folder)
     if not files:
         raise _no_images(paths[0], f"no file that ends in {', '.join(sorted(_ENDINGS))}")
     sizes = image_sizes(files)

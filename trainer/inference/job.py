@@ -1,5 +1,6 @@
 """One `predict` command: images in, `predictions.jsonl` and pictures out, gone on with where it was interrupted."""
 
+import hashlib
 import json
 import os
 import time
@@ -15,6 +16,10 @@ from trainer.inference.predictor import Prediction, Predictor
 
 PREDICTIONS, PICTURES = "predictions.jsonl", "pictures"
 _UNDER_WAY = f"{PREDICTIONS}.part"
+_HALF_LETTERS = "backslashreplace"
+"""A file's name that is not UTF-8 has them in Python: written so, they are what JSON says for them."""
+_LONGEST_NAME = 255
+"""Bytes of a file's name that file systems take."""
 
 
 @dataclass
@@ -75,7 +80,7 @@ class Job:
             earlier = _earlier(out / _UNDER_WAY, dict(key))
             self._lines = {name: line for name, line in earlier.items() if name in known and "error" not in line}
             aside = out / f"{_UNDER_WAY}.new"
-            self._file = aside.open("w", encoding="utf-8")
+            self._file = aside.open("w", encoding="utf-8", errors=_HALF_LETTERS)
             self._write(dict(key))
             for name, line in self._lines.items():
                 self._write({"images": [name], **line})
@@ -115,8 +120,12 @@ class Job:
 
     def picture(self, name: str) -> Path:
         """Where an image's picture goes."""
-        flat = name.replace("..", "__").lstrip("/")
-        return self._out / PICTURES / (flat if flat.lower().endswith(".png") else f"{flat}.png")
+        *folders, last = ("__" if part == ".." else part for part in name.split("/") if part)
+        last = last if last.lower().endswith(".png") else f"{last}.png"
+        if len(os.fsencode(last)) > _LONGEST_NAME:
+            digest = hashlib.sha256(os.fsencode(last)).hexdigest()[:16]
+            last = f"{last[:50]}-{digest}.png"
+        return Path(self._out, PICTURES, *folders, last)
 
     def _draw(self, path: Path, made: Prediction) -> None:
         from trainer.inference.drawn import draw_prediction  # matplotlib, which takes a second
@@ -141,7 +150,7 @@ class Job:
         self._file.close()
         aside = self._out / f"{PREDICTIONS}.new"
         lines = (json.dumps({"images": [name], **self._lines[name]}, ensure_ascii=False) for name in order)
-        aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors=_HALF_LETTERS)
         aside.rename(self._out / PREDICTIONS)
         (self._out / _UNDER_WAY).unlink()
 
@@ -149,7 +158,7 @@ class Job:
 def _earlier(path: Path, key: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What an interrupted job of the same key has done: name -> line."""
     try:
-        first, *rest = path.read_text(encoding="utf-8").split("\n")  # an answer may hold other ends of lines
+        first, *rest = path.read_bytes().split(b"\n")
         if json.loads(first) != key:
             return {}
     except (OSError, ValueError):
@@ -158,7 +167,7 @@ def _earlier(path: Path, key: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for text in rest:
         try:
             line = json.loads(text)
-        except ValueError:  # the last one, cut
+        except ValueError:  # the last one, cut, perhaps within a letter
             break
         (name,) = line.pop("images")
         done[name] = line

@@ -113,8 +113,9 @@ class Predictor:
             for path, data in zip(paths, files, strict=True):
                 path.write_bytes(data)
             sizes = image_sizes(paths)
-            found = [Prediction((0, 0), problem=size if isinstance(size, str) else "") for size in sizes.values()]
-            sound = [(n, path, size) for n, (path, size) in enumerate(sizes.items()) if not isinstance(size, str)]
+            in_order = [(path, sizes[path]) for path in paths]
+            found = [Prediction((0, 0), problem=size if isinstance(size, str) else "") for _, size in in_order]
+            sound = [(n, path, size) for n, (path, size) in enumerate(in_order) if not isinstance(size, str)]
             for index, made in self.predict([(path, size) for _, path, size in sound], batch_size=batch_size):
                 found[sound[index][0]] = made
         return found

@@ -60,7 +60,7 @@ def read_answer(text: str, size: Size, emit_norm: EmitNorm, shown: Size) -> Read
     leaves = _leaves(text)
     if leaves is None:
         repairs[CUT] += 1
-    elif lost := leaves - len(found):
+    elif (lost := leaves - len(found)) > 0:
         repairs[BROKEN] += lost
     objects: list[Object] = []
     for parsed in dict.fromkeys(found):
@@ -75,16 +75,19 @@ def read_answer(text: str, size: Size, emit_norm: EmitNorm, shown: Size) -> Read
 def _leaves(text: str) -> int | None:
     """How many objects a whole answer gives; None where it is not of the form that was learned."""
     try:
-        tree = json.loads(text)
-        return sum(_count(group) for group in tree.values())
-    except (ValueError, AttributeError, RecursionError):
+        return sum(len(_pairs(group)) for _, group in _pairs(json.loads(text, object_pairs_hook=_Pairs)))
+    except (ValueError, RecursionError):
         return None
 
 
-def _count(group: Any) -> int:
-    if not isinstance(group, dict):
+class _Pairs(list[tuple[str, Any]]):
+    """An object of JSON, in which a key may come twice."""
+
+
+def _pairs(tree: Any) -> _Pairs:
+    if not isinstance(tree, _Pairs):
         raise ValueError
-    return len(group)
+    return tree
 
 
 def _mended(parsed: ParsedObject, size: Size, emit_norm: EmitNorm, shown: Size, repairs: Counter[str]) -> Object | None:

@@ -36,7 +36,7 @@ def show_predictions(
         UserError: source, base, device, images or folder cannot be used.
     """
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    found = find_images(images)
+    found = find_images(images, but_below=out / PICTURES)
     folder = checkpoint_of(source)
     predictor = load_predictor(folder, base=base, device=device, max_new_tokens=max_new_tokens)
     recipe = predictor.recipe
