@@ -12,9 +12,9 @@ from rich.console import Console
 
 from trainer import names
 from trainer.errors import UserError
-from trainer.options import Commands, OneOf, all_of
+from trainer.options import Commands, OneOf, all_of, never_refuse
 
-EXIT_USER, EXIT_INTERRUPTED = 2, 130
+EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
 
 
 def _empty_is_default(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
@@ -317,9 +317,14 @@ def _console() -> Console:
 def main() -> NoReturn:
     """Run a command; the exit status says how it ended."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    never_refuse(sys.stdout)
     try:
         cli(prog_name="python -m analysis", standalone_mode=False)
+        sys.stdout.flush()
         sys.exit(0)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it is tried again at the end
+        sys.exit(EXIT_PIPE)
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(EXIT_USER)

@@ -28,6 +28,9 @@ ENOUGH_SEEDS = 3
 """Fewer give no interval worth reading, and no winner that can be told apart."""
 
 
+_SEED = re.compile(r"-?\d+")
+"""A tag may hold anything, and a command is there to be pasted."""
+
 _PLACES = ("training.output_dir", "training.run_name")
 """Where a run lies and what it is called: of a run in a comparison both are its own, and no other may have them."""
 
@@ -223,7 +226,7 @@ def _seeds(ranking: Ranking) -> list[Step]:
 def _for_both(one: Row, other: Row, more: int) -> list[str]:
     """Commands that give both arms more seeds in common: first those that one of them lacks, then fresh ones."""
     have = [{reading.run.seed for reading in row.readings} for row in (one, other)]
-    lacking = sorted((have[0] ^ have[1]) - {""}, key=number)
+    lacking = sorted(filter(_SEED.fullmatch, have[0] ^ have[1]), key=number)
     fresh = int(_fresh_seed(one, other))
     seeds = [*lacking, *(str(fresh + i) for i in range(min(more, _SEEDS_AT_ONCE)))][: min(more, _SEEDS_AT_ONCE)]
     commands = []

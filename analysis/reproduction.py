@@ -52,13 +52,14 @@ def reproduce(ranking: Ranking, environments: Mapping[str, Any]) -> Iterator[str
 
 def _commands(runs: Sequence[Run]) -> list[str]:
     """Commands of an arm's runs; those that differ in nothing but the seed as one loop of the shell."""
-    seeds: dict[str, list[str]] = {}
+    seeds: dict[str, dict[str, str]] = {}
     for run in runs:
         if command := command_of(run):
-            seeds.setdefault(command.replace(f" -P seed={run.seed}", " -P seed=$seed", 1), []).append(run.seed)
+            together = re.sub(r" -P seed=-?\d+(?= |$)", " -P seed=$seed", command, count=1)
+            seeds.setdefault(together, {})[command] = run.seed
     return [
-        f"for seed in {' '.join(of)}; do {command}; done" if len(of) > 1 else command.replace("$seed", of[0])
-        for command, of in seeds.items()
+        f"for seed in {' '.join(of.values())}; do {together}; done" if len(of) > 1 else next(iter(of))
+        for together, of in seeds.items()
     ]
 
 

@@ -39,8 +39,19 @@ def tensorboard_runs(folder: Path) -> Iterator[Imported]:
             f"a folder with files named {_PATTERN}",
             "give the folder that TensorBoard was started with (--logdir)",
         )
-    for run in found:
-        yield _imported(run, run.relative_to(folder).as_posix() if run != folder else folder.resolve().name)
+    made = (
+        _imported(run, run.relative_to(folder).as_posix() if run != folder else folder.resolve().name) for run in found
+    )
+    n_runs = 0
+    for run in made:
+        if run.rows:  # those of hyperparameters have none
+            n_runs += 1
+            yield run
+    if not n_runs:
+        raise UserError(
+            str(folder), "event files without a scalar", "scalars as torch.utils.tensorboard writes them",
+            "give the folder of such files; summaries of TensorFlow 2 are tensors, which are not read",
+        )  # fmt: skip
 
 
 def _imported(folder: Path, name: str) -> Imported:

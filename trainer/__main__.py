@@ -20,6 +20,7 @@ from trainer.options import (
     closes_mlflows_run,
     config_options,
     is_true,
+    never_refuse,
     quiet_libraries,
     resolve,
     resume_options,
@@ -165,6 +166,7 @@ def _status() -> int:
 def main() -> NoReturn:
     """The command line."""
     redactor = redact.of_environment()
+    never_refuse(sys.stdout)
     sys.stdout, sys.stderr = RedactedStream(sys.stdout, redactor), RedactedStream(sys.stderr, redactor)
     SIGNALS.install(is_rank=launch.is_rank())
     if launch.is_rank() or os.environ.get("MLFLOW_RUN_ID") or is_started_by_us():

@@ -1,11 +1,12 @@
 """What commands on a configuration share: their options, the configuration that these mean, and quiet libraries."""
 
+import io
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -244,6 +245,12 @@ def tell(resolved: "Resolved") -> None:
     """Say once what is legal and changes nothing, or is probably not meant."""
     for line in (*resolved.warnings, *resolved.no_effect) if launch.is_first() else ():
         click.echo(line, err=True)
+
+
+def never_refuse(stream: TextIO) -> None:
+    """Write letters that a stream's encoding does not have, such as those of a file's odd name, as escapes."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def overrides(arguments: list[str]) -> dict[str, str]:

@@ -1,15 +1,19 @@
 """What is advised after a comparison: how sure, what to run next, commands that mean the runs they are given for."""
 
+import re
 import shlex
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from analysis.advice import Recommendation, command_of, next_steps, recommendation
+from analysis.advice import Recommendation, _for_both, command_of, next_steps, recommendation
 from analysis.checks import Finding
 from analysis.ranking import At, Ranking, Reading, rank, read
+from analysis.reproduction import _commands
+from analysis.runs import Run
 from tests.analysis.test_ranking import run
 from trainer.config.load import load
 
@@ -153,3 +157,26 @@ def test_what_others_have_trained_has_no_command() -> None:
     """Nor has a strategy that is not shipped."""
     assert command_of(run("last6_lora", tags={"source": "published"})) == ""
     assert command_of(run("their/own")) == ""
+
+
+def test_a_tag_of_somebody_else_is_no_part_of_a_command_to_be_pasted() -> None:
+    """A shared store may hold any seed: it is quoted, and in no loop."""
+    hostile = "$(touch x)"
+    runs = [shipped("last6_lora", seed, 0.5).run for seed in (1, 2)]
+    theirs = replace(
+        runs[0], tags={**runs[0].tags, "seed": hostile}, params={**runs[0].params, "training.seed": hostile}
+    )
+    told = _commands([*runs, theirs])
+    assert told[0].startswith("for seed in 1 2; do") and len(told) == 2
+    assert all(hostile not in re.sub(r"'[^']*'", "", command) for command in told)
+    one, other = rank(
+        [*map(final, runs), final(replace(theirs, tags={**theirs.tags, "strategy": "b"}))], LOSS, At()
+    ).rows
+    assert all(hostile not in command for command in _for_both(one, other, 3))
+
+
+def final(one: Run) -> Reading:
+    """A run, read at its end."""
+    found = read(one, LOSS, At(), {})
+    assert isinstance(found, Reading)
+    return found

@@ -14,7 +14,9 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from analysis.published import published_runs
 from tests.running import ROOT, empty_store, environment, runs_in, trained
+from trainer.errors import UserError
 
 ARMS = ("last6_lora", "last6_full", "all_lora", "all_full")
 
@@ -89,6 +91,16 @@ def test_all_formats_hold_the_same_numbers(published: str, tmp_path: Path) -> No
     assert [float(row["eval/loss:mean"]) for row in rows] == [0.5534, 0.5697, 0.6082, 0.6281]
     assert float(rows[2]["margin_percent"]) == pytest.approx(100 * (0.6158 - 0.555) / 0.555)
     assert printed["markdown"].splitlines()[2].startswith("| last6_lora (published) | 1 | 0.0 % | 0.5550 | 0.5534 |")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda text: b"\xff" + text, lambda text: text.replace(b"final_step: 6900", b"final_step: 0")]
+)
+def test_a_file_that_holds_no_published_runs_is_told(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    """With its name, whatever is wrong with it."""
+    (tmp_path / "x.yaml").write_bytes(change((ROOT / "experiments" / "published" / "stage3.yaml").read_bytes()))
+    with pytest.raises(UserError, match=r"x\.yaml"):
+        published_runs(tmp_path / "x.yaml")
 
 
 def test_the_shipped_numbers_are_the_published_ones() -> None:

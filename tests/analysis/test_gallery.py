@@ -9,7 +9,7 @@ from playwright.sync_api import Page, Request, expect
 
 from analysis.gallery import Gallery, Shown, chosen_runs, gather, judged
 from analysis.gallery_page import page as html
-from analysis.ranking import Ranking, parse_at
+from analysis.ranking import At, Ranking, parse_at, rank
 from analysis.reading import read_ranking
 from analysis.store import Store
 from tests.analysis.conftest import needs_chromium
@@ -89,6 +89,12 @@ def test_other_records_are_refused(ranked: tuple[Trained, Ranking], store: Store
         gather(store, ranked[1], seed=None, val_jsonl=other, records=10)
     with pytest.raises(UserError, match="not there"):
         gather(store, ranked[1], seed=None, val_jsonl=tmp_path / "gone.jsonl", records=10)
+
+
+def test_without_a_run_that_is_ranked_the_reason_is_to_be_seen_elsewhere(store: Store) -> None:
+    """One message, as of the other commands."""
+    with pytest.raises(UserError, match="no run that can be ranked"):
+        gather(store, rank([], "eval/loss", At()), seed=None, val_jsonl=None, records=1)
 
 
 def test_arms_are_shown_on_one_seed(ranked: tuple[Trained, Ranking]) -> None:

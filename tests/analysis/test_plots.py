@@ -12,7 +12,7 @@ from rich.console import Console
 
 from analysis.comparison import CURVES_NEEDED, Comparison, along, default_axis
 from analysis.curves import Curve, last_write_wins
-from analysis.plots import curve_figure, draw, looks, over_seeds, pareto, sweep
+from analysis.plots import costs, curve_figure, draw, looks, over_seeds, pareto, sweep
 from analysis.ranking import At, Ranking, Reading, rank, read
 from analysis.tables import render
 from tests.analysis.test_ranking import run
@@ -130,6 +130,13 @@ def test_what_was_not_logged_is_not_drawn(tmp_path: Path) -> None:
     ranking = rank([reading], "eval/loss", At())
     empty = {reading.run.id: {metric: curve({}) for metric in CURVES_NEEDED}}
     assert draw(Comparison(ranking, empty), tmp_path, "steps") == []
+
+
+def test_costs_of_arms_without_a_value_are_not_drawn() -> None:
+    """Every seed has diverged: parameters are known, and nothing that they could be drawn against."""
+    reading = read(run("arm", 1, math.nan, params={"trainable_parameters/total": "10"}), "eval/loss", At(), {})
+    assert isinstance(reading, Reading)
+    assert costs(rank([reading], "eval/loss", At())) is None
 
 
 def swept(settings: list[tuple[str, str, str, str]]) -> Ranking:

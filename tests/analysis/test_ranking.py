@@ -154,6 +154,9 @@ def test_a_run_that_never_came_so_far_is_not_compared_there() -> None:
     """A shorter run is not put in a row with longer ones at a point after its end."""
     assert read(run(), LOSS, parse_at("samples=481"), CURVES) == "ended before samples=481, at 480"
     assert read(run(metrics={}), LOSS, At(), {}) == "has no eval/loss"
+    late = {**CURVES, "eval/f1": last_write_wins([(30, 30, 0.4)])}
+    f1 = run(metrics={LOSS: 0.5, "eval/f1": 0.4})
+    assert read(f1, "eval/f1", parse_at("samples=320"), late) == "has no eval/f1 at samples=320 or before"
 
 
 @pytest.mark.parametrize("text", ["worst", "samples", "samples=", "samples=many", "samples=-3", "steps=5", "best=2"])

@@ -62,7 +62,10 @@ def test_runs_of_the_same_seeds_are_compared_in_pairs(pairs: list[tuple[float, f
     a, b = ({str(seed): pair[side] for seed, pair in enumerate(pairs)} for side in (0, 1))
     found = difference("a", "b", {"a": a, "b": b})
     shifts = np.array(list(b.values())) - np.array(list(a.values()))
-    assert found.method == ("paired" if np.std(shifts, ddof=1) or not shifts[0] else "untested")
+    rounding = 16 * np.finfo(float).eps * max(abs(value) for pair in pairs for value in pair)
+    assert found.method == (
+        "paired" if np.std(shifts, ddof=1) > rounding or abs(shifts.mean()) <= rounding else "untested"
+    )
     assert found.estimate == estimate(shifts)
     if np.std(shifts) > 1e-9:
         assert found.p == pytest.approx(stats.ttest_rel(list(b.values()), list(a.values())).pvalue, rel=1e-9)
@@ -80,8 +83,10 @@ def test_other_seeds_are_compared_by_welch(a: list[float], b: list[float]) -> No
     found = difference(
         "a", "b", {"a": {f"a{i}": x for i, x in enumerate(a)}, "b": {f"b{i}": x for i, x in enumerate(b)}}
     )
-    spread = np.var(a, ddof=1) + np.var(b, ddof=1)
-    assert found.method == ("welch" if spread or np.mean(a) == np.mean(b) else "untested")
+    rounding = 16 * np.finfo(float).eps * max(map(abs, a + b))
+    error = math.sqrt(np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b))
+    same = abs(np.mean(b) - np.mean(a)) <= rounding
+    assert found.method == ("welch" if error > rounding or same else "untested")
     if np.std(a) + np.std(b) > 1e-6:
         theirs = stats.ttest_ind(b, a, equal_var=False)
         assert found.p == pytest.approx(theirs.pvalue, rel=1e-6, abs=1e-12)
@@ -103,6 +108,19 @@ def test_without_any_spread_there_is_no_test() -> None:
     same = difference("a", "b", {"a": {"1": 1.0, "2": 2.0}, "b": {"1": 1.0, "2": 2.0}})
     shifted = difference("a", "b", {"a": {"1": 1.0, "2": 2.0}, "b": {"1": 1.5, "2": 2.5}})
     assert same.p == 1.0 and shifted.method == "untested" and math.isnan(shifted.p) and not shifted.distinguishable
+
+
+@pytest.mark.parametrize(("a", "b"), [([1 / 3, 1 / 3, 1 / 3], [1.0, 1.0, 1.0]), ([0.3, 0.4], [0.4, 0.5])])
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_spread_that_is_only_rounding_is_none(a: list[float], b: list[float], paired: bool) -> None:
+    """F1 of 1/3 on each of three seeds is one value, whatever the last bit of its mean; of Welch's, where both are."""
+    names = ("", "") if paired else ("a", "b")
+    x, y = ({f"{name}{i}": value for i, value in enumerate(of)} for name, of in zip(names, (a, b), strict=True))
+    found = difference("a", "b", {"a": x, "b": y})
+    alike = paired or len(set(a)) == len(set(b)) == 1
+    assert (found.method == "untested", math.isnan(found.p)) == (alike, alike)
+    if paired:
+        assert math.isnan(contrast({"a": -1, "b": 1}, {"a": x, "b": y}).p)
 
 
 def test_holm_by_hand() -> None:

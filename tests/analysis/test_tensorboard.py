@@ -9,6 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from analysis.__main__ import cli
 from analysis.store import Store
+from analysis.tensorboard import tensorboard_runs
 from tests.running import empty_store, runs_in
 from trainer.errors import UserError
 
@@ -100,3 +101,13 @@ def test_a_folder_without_event_files_is_told(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="--logdir"):
         imported(tmp_path / name)
+
+
+def test_event_files_without_a_scalar_are_told(folder: Path, tmp_path: Path) -> None:
+    """A folder of hyperparameters alone is passed over; where there is nothing else, that is said."""
+    writer = SummaryWriter(str(folder / "deep" / "text"))
+    writer.add_text("note", "no scalar")
+    writer.close()
+    assert {run.name for run in tensorboard_runs(folder)} == {"deep/all_full", "last6_lora"}
+    with pytest.raises(UserError, match="without a scalar"):
+        list(tensorboard_runs(folder / "deep" / "text"))

@@ -61,7 +61,7 @@ def test_a_long_run_stays_as_large_as_it_was_after_warming_up(
             deadline = time.monotonic() + 120
             while tracker.waiting and time.monotonic() < deadline:
                 time.sleep(0.05)
-            samples.append((process.memory_info().rss, process.num_fds()))
+            samples.append((process.memory_info().rss, open_files(process)))
             spools.append(sum(map(size_of, tmp_path.glob("runs/*/spool/*"))))
 
     with without_mlflow_variables():
@@ -94,6 +94,15 @@ def test_a_long_run_stays_as_large_as_it_was_after_warming_up(
     assert max(spools) <= 4 * SEGMENT_BYTES, spools
     history = MlflowClient(store).get_metric_history(tracker.run_id, names.TRAIN_LOSS)
     assert sorted(m.step for m in history) == list(range(1, total + 1))
+
+
+def open_files(process: psutil.Process) -> int:
+    """Those that stay open: the delivery's thread has one now and then."""
+    looks = []
+    for _ in range(20):
+        looks.append(process.num_fds())
+        time.sleep(0.01)
+    return min(looks)
 
 
 def size_of(path: Path) -> int:

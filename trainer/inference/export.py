@@ -60,6 +60,11 @@ def export(
     recipe = recipe_of(checkpoint)
     if recipe.merged and form != "mlflow":
         raise UserError(str(checkpoint), "a merged model", "an adapter", "export the checkpoint of the run")
+    if dtype and (recipe.merged or form == "adapter"):
+        raise UserError(
+            "--dtype", f"{dtype}, for weights that are not merged here", "a checkpoint with --form merged or mlflow",
+            "leave it out, or export the checkpoint of the run",
+        )  # fmt: skip
     recipe = recipe.on(base)
     license_name = license_name or _license(recipe)
     try:
@@ -155,7 +160,7 @@ def _use(form: Form, folder: Path) -> str:
         case "mlflow":
             return (
                 f"mlflow models serve -m {folder.name} --env-manager local --port 5001\n"
-                "curl localhost:5001/invocations -H 'Content-Type: application/json' \\\n"
-                '     -d "{\\"dataframe_split\\": {\\"columns\\": [\\"image\\"], '
-                '\\"data\\": [[\\"$(base64 -w0 photo.jpg)\\"]]}}"'
+                "curl localhost:5001/invocations -H 'Content-Type: application/json' --data-binary @- \\\n"
+                '     < <(printf \'{"dataframe_split": {"columns": ["image"], "data": [["%s"]]}}\' '
+                "\"$(base64 < photo.jpg | tr -d '\\n')\")"
             )

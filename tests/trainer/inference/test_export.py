@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
@@ -140,6 +142,13 @@ def test_what_is_there_is_not_written_over(checkpoint: Path, merged: Path) -> No
         export(checkpoint, merged, "merged")
 
 
+def test_a_format_that_would_not_be_used_is_refused(checkpoint: Path, merged: Path, tmp_path: Path) -> None:
+    """An adapter stays as it is, and weights that are merged already."""
+    for source, form in ((checkpoint, "adapter"), (merged, "mlflow")):
+        with pytest.raises(UserError, match="--dtype"):
+            export(source, tmp_path / "out", form, dtype="bfloat16")
+
+
 def test_a_server_answers_as_predict(done: Trained, checkpoint: Path, tmp_path: Path) -> None:
     """A real `mlflow models serve`: objects for images; 400 for a path, which it never opens."""
     model = tmp_path / "served"
@@ -147,7 +156,11 @@ def test_a_server_answers_as_predict(done: Trained, checkpoint: Path, tmp_path: 
     process = trainer(*arguments, cwd=done.folder, store=done.store)
     assert (process.returncode, process.stderr) == (0, "")
     picture = read_records(done.val_jsonl).records[0].images[0]
-    image = shutil.copy(picture.path, tmp_path / "image.png")
+    image = tmp_path / "image.png"  # longer than an argument of a command can be
+    with Image.open(picture.path) as opened:
+        long = PngInfo()
+        long.add_text("note", "x" * 200_000)
+        opened.save(image, pnginfo=long)
     sizes = image_sizes([Path(image)])
     predictor = load_predictor(checkpoint, device="cpu")
     wanted = dict(predictor.predict([(p, s) for p, s in sizes.items() if not isinstance(s, str)], batch_size=1))[0]
@@ -167,8 +180,8 @@ def test_a_server_answers_as_predict(done: Trained, checkpoint: Path, tmp_path: 
 
 def _by_the_page(page: Path, uri: str, image: Path) -> str:
     """What the `curl` command of a page gets, image and address put in."""
-    (command,) = re.findall(r"^    (curl .*\n     +-d .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    command, images = re.subn(r"\$\(base64 -w0 \S+\)", f"$(base64 -w0 {image})", command)
+    (command,) = re.findall(r"^    (curl .*\n     +< .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    command, images = re.subn(r"base64 < \S+", f"base64 < {image}", command)
     assert images == 1 and "localhost:5001" in command
     command = command.replace("http://", "").replace("localhost:5001", uri)
     return subprocess.run(["bash", "-c", command], check=True, capture_output=True, text=True).stdout

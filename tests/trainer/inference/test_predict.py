@@ -1,6 +1,8 @@
 """`predict` on the images of a trained run: the answers of training itself, a line and a picture each, gone on with."""
 
+import io
 import json
+import os
 import shutil
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -12,8 +14,8 @@ from tests.running import Trained, trained, trainer
 from trainer.data.images import image_sizes
 from trainer.data.records import read_records
 from trainer.inference.checkpoint_source import checkpoint_of
-from trainer.inference.image_files import find_images
-from trainer.inference.job import PREDICTIONS, Job
+from trainer.inference.image_files import Found, find_images
+from trainer.inference.job import PICTURES, PREDICTIONS, Job
 from trainer.inference.predictor import Predictor, load_predictor
 
 
@@ -122,6 +124,8 @@ def test_a_folder_of_a_run_means_its_best_checkpoint(checkpoint: Path) -> None:
         ([".", "."], "a folder without manifest.json"),
         (["{checkpoint}", "missing.jpg"], "no such file or folder"),
         (["{checkpoint}", "empty"], "no file that ends in"),
+        (["{checkpoint}", "n" * 300], "File name too long"),
+        (["n" * 300, "."], "File name too long"),
         (["{checkpoint}", "photo.png", "--base", "random:2b"], "the base that the adapter was trained on"),
         (["{checkpoint}", "photo.png", "--device", "cuda:9"], "auto, cpu, or a GPU that is here"),
         (["0" * 32, "."], "Run with id.* not found"),
@@ -171,6 +175,61 @@ def test_bytes_are_answered_in_their_order(predictor: Predictor, photos: Path) -
     alone = dict(predictor.predict([(p, s) for p, s in sizes.items() if not isinstance(s, str)], batch_size=4))
     assert [each.text for each in (found[0], found[2])] == [alone[0].text, alone[1].text]
     assert "cannot be read" in found[1].problem
+
+
+def test_many_bytes_are_answered_in_their_order(predictor: Predictor) -> None:
+    """Also above ten, whose files' names sort otherwise."""
+    sizes = [(64 + n, 64) for n in range(12)]
+    files = [io.BytesIO() for _ in sizes]
+    for file, size in zip(files, sizes, strict=True):
+        Image.new("RGB", size).save(file, "png")
+    found = Predictor(predictor._model, predictor.recipe, max_new_tokens=1).predict_bytes(
+        [file.getvalue() for file in files[:5]] + [b"none"] + [file.getvalue() for file in files[5:]], batch_size=16
+    )
+    assert [each.size for each in found] == [*sizes[:5], (0, 0), *sizes[5:]]
+
+
+def job_of(out: Path, *names: str) -> Job:
+    """One about images of these names, none of which has to be there."""
+    return Job(
+        out, Found(Path("photos"), tuple((Path("photos") / name, (8, 8)) for name in names), {}), {}, pictures=True
+    )
+
+
+def test_names_that_are_not_utf_8_are_written_and_found_again(tmp_path: Path) -> None:
+    """A Latin-1 name is kept as JSON says it, half a line that the end of a process has left is done again."""
+    name = os.fsdecode(b"caf\xe9.jpg")
+    job = job_of(tmp_path, name, "图.jpg")
+    job._add(name, {"objects": [], "answer": "sound"})
+    job._add("图.jpg", {"objects": [], "answer": "sound"})
+    job.close()
+    part = tmp_path / f"{PREDICTIONS}.part"
+    part.write_bytes(part.read_bytes().partition("图".encode())[0] + "图".encode()[:2])
+    again = job_of(tmp_path, name, "图.jpg")
+    assert again.summary.earlier == 1
+    again._add("图.jpg", {"objects": [], "answer": "sound"})
+    again._finish()
+    lines = [json.loads(line) for line in (tmp_path / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
+    assert [line["images"] for line in lines] == [[name], ["图.jpg"]]
+
+
+def test_each_image_has_a_picture_of_its_own_below_the_folder(tmp_path: Path) -> None:
+    """Whatever its name; one that is too long with the ending is cut."""
+    job = job_of(tmp_path)
+    names = ["x..y.png", "x__y.png", "../x.png", "/etc/x.png", "a/../b.jpg", "字" * 84 + ".jpg", "字" * 84 + ".gif"]
+    pictures = [job.picture(name) for name in names]
+    assert len(set(pictures)) == len(names)
+    assert all((tmp_path / PICTURES).resolve() in picture.resolve().parents for picture in pictures)
+    assert all(len(os.fsencode(picture.name)) <= 255 for picture in pictures)
+
+
+def test_what_predict_has_drawn_is_not_captioned(tmp_path: Path) -> None:
+    """A second command on the folder that holds the results of the first."""
+    for name in ("a.png", "predictions/pictures/a.png", "more/pictures/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    found = find_images([tmp_path], but_below=tmp_path / "predictions" / PICTURES)
+    assert [path.relative_to(tmp_path).as_posix() for path, _ in found.images] == ["a.png", "more/pictures/b.png"]
 
 
 def test_pixels_are_read_a_batch_at_a_time(predictor: Predictor, tmp_path: Path) -> None:

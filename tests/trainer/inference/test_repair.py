@@ -71,3 +71,18 @@ def test_what_is_no_answer_is_unreadable_and_raises_nothing(text: str) -> None:
 def test_an_image_without_objects_is_a_sound_answer() -> None:
     """Nothing was seen, and that was said properly."""
     assert read_text('{"image_1":{}}') == Reading((), "sound")
+
+
+def test_a_key_that_comes_twice_is_no_broken_object() -> None:
+    """Both are read; one that is broken beside them is counted."""
+    twice = '"object_1":{"bbox_2d":[10,10,50,50],"desc":"one"},"object_1":{"bbox_2d":[60,60,90,90],"desc":"two"}'
+    found = read_text(f'{{"image_1":{{{twice}}}}}')
+    assert (found.state, len(found.objects), dict(found.repairs)) == ("sound", 2, {})
+    found = read_text(f'{{"image_1":{{{twice},"object_2":{{"desc":"no shape"}}}}}}')
+    assert (len(found.objects), dict(found.repairs)) == (2, {BROKEN: 1})
+
+
+def test_half_a_letter_of_an_answer_can_be_written() -> None:
+    """An escape may name it, and no file takes it."""
+    (found,) = read_text(r'{"image_1":{"object_1":{"bbox_2d":[10,10,50,50],"desc":"one\ud83d"}}}').objects
+    assert found.desc == "one?"
