@@ -148,6 +148,15 @@ def test_every_point_is_trained_once_and_has_the_last_value_of_its_metric(place:
     assert points.command(rates(), ranked) == "python -m trainer run last6_lora --training.vit_lr 0.00012"
 
 
+def test_a_point_that_is_drawn_twice_is_tried_twice_at_once(place: Callable[..., Place], tmp_path: Path) -> None:
+    """In two jobs of one name."""
+    (tmp_path / "one.yaml").write_text(
+        "strategy: last6_lora\nspace: {training.vit_lr: [0.0001]}\nsampler: random\ntrials: 2\n"
+    )
+    tried = place().work(read_sweep(str(tmp_path / "one.yaml")))
+    assert states(tried) == ["COMPLETE"] * 2
+
+
 def test_what_fails_stops_nothing_and_is_told_with_its_last_words(place: Callable[..., Place]) -> None:
     """The next command tries it again, but for what stopped itself."""
     crashes, diverges = (
