@@ -149,12 +149,16 @@ def test_every_point_is_trained_once_and_has_the_last_value_of_its_metric(place:
 
 
 def test_a_point_that_is_drawn_twice_is_tried_twice_at_once(place: Callable[..., Place], tmp_path: Path) -> None:
-    """In two jobs of one name."""
+    """In two jobs of one name; both compute the same on the one seed, so that its value counts once."""
     (tmp_path / "one.yaml").write_text(
         "strategy: last6_lora\nspace: {training.vit_lr: [0.0001]}\nsampler: random\ntrials: 2\n"
     )
-    tried = place().work(read_sweep(str(tmp_path / "one.yaml")))
+    sweep = read_sweep(str(tmp_path / "one.yaml"))
+    tried = place().work(sweep)
     assert states(tried) == ["COMPLETE"] * 2
+    assert points.rows(sweep, points.ranked(sweep, tried)) == [
+        ["1", "0.0001", "0.90000", "", "1/1", "1 complete"],
+    ]  # fmt: skip
 
 
 def test_what_fails_stops_nothing_and_is_told_with_its_last_words(place: Callable[..., Place]) -> None:
@@ -277,3 +281,12 @@ def test_the_ranking_puts_points_that_lack_a_seed_after_those_that_have_all() ->
     assert points.as_csv(sweep, tried).splitlines()[1] == "0,0.0001,1,0.5,complete,1,,"
     assert '"mean": null' in points.as_json(sweep, tried)
     assert "| 1 | 0.0001 | 0.60000 |" in points.markdown(sweep, tried)
+
+
+def test_of_a_seed_that_was_tried_twice_the_ranking_takes_what_has_come_furthest() -> None:
+    """A complete one before all others: what is drawn twice, and fails once, is no point that lacks a seed."""
+    point = {"training.vit_lr": "0.0001"}
+    outcomes = (TrialState.FAIL, None), (TrialState.COMPLETE, 0.5), (TrialState.RUNNING, None)
+    tried = [Tried(number, point, state, value, "", "", 1) for number, (state, value) in enumerate(outcomes)]
+    (ranked,) = points.ranked(read_sweep("vit_lr", seeds="1"), tried)
+    assert (ranked.values, ranked.states) == ((0.5,), ("complete",))
