@@ -71,6 +71,7 @@ class Study:
         self.sweep, self._storage, self._study, self._rdb = sweep, storage, study, rdb
         self._study_id = rdb.get_study_id_from_name(study.study_name)
         self._heart = Heart(rdb, storage.beat_seconds)
+        self._patience_seconds = _PATIENCE_SECONDS
         self.beat_seconds = storage.beat_seconds
         self.key = str(study.user_attrs[_KEY])
         """Of this study, everywhere; another one of the same name has another."""
@@ -211,19 +212,23 @@ class Study:
         told = self._study.tell(given.number, value, state=state, skip_if_finished=True)
         return told.state == state
 
+    def wait_no_longer(self) -> None:
+        """From here on a database that is away is asked once: whoever ends this worker is not kept waiting for it."""
+        self._patience_seconds = 0.0
+
     def _patiently(self, call: Callable[[], T]) -> T:
         """Wait for a database that has gone away: what was trained for hours is not given up for a restart of it.
 
         Raises:
             ConfigError: it has not come back.
         """
-        until, told = time.monotonic() + _PATIENCE_SECONDS, False
+        until, told = time.monotonic() + self._patience_seconds, False
         while True:
             try:
                 return call()
             except OUTAGES as error:
                 with self._storage.told():
-                    if time.monotonic() > until:
+                    if time.monotonic() >= until:
                         raise
                 if not told:
                     sys.stderr.write(f"{self._storage.shown} does not answer ({reason_of(error)}); trying again\n")

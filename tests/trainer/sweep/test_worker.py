@@ -1,5 +1,6 @@
 """A worker of a sweep with trainings that are only folders: what it tells the study of each, and how it leaves."""
 
+import errno
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,11 +12,12 @@ from optuna.trial import TrialState
 from trainer import names
 from trainer.compare.children import Child, Job
 from trainer.compare.jobs import Board, Room
+from trainer.errors import ConfigError
 from trainer.runs import Identity as RunIdentity
 from trainer.runs import RunFolder, State, new_run
 from trainer.sweep import points, worker
 from trainer.sweep.conduct import Plan, job_of
-from trainer.sweep.storage import Storage, default_url
+from trainer.sweep.storage import MAX_RETRIES, Storage, default_url
 from trainer.sweep.study import Given, Study, Tried, opened
 from trainer.sweep.sweep_file import Sweep, read_sweep
 from trainer.sweep.worker import Worker
@@ -206,6 +208,70 @@ def test_a_training_that_was_interrupted_from_outside_is_gone_on_with(place: Cal
     tried = here.work(rates())
     assert states(tried) == ["COMPLETE"] * 4
     assert [one.attempts for one in tried] == [2, 1, 1, 1]
+
+
+def test_a_training_that_is_interrupted_from_outside_again_and_again_fails(place: Callable[..., Place]) -> None:
+    """After as many attempts as one whose workers die; the next command tries it again."""
+    here = place(r0001=Course(status=143, says="RuntimeError: a collective timed out"))
+    tried = here.work(rates())
+    assert states(tried) == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert here.started.count("0.0001") == tried[0].attempts == MAX_RETRIES + 1
+    assert "interrupted from outside" in tried[0].why and "a collective timed out" in tried[0].why
+    assert states(Place(here.folder).work(rates())) == ["COMPLETE"] * 4
+
+
+def test_a_point_that_cannot_be_trained_fails_alone_and_is_not_tried_again(
+    place: Callable[..., Place], tmp_path: Path
+) -> None:
+    """Each of its values goes with others, so that only the draw shows it."""
+    (tmp_path / "parts.yaml").write_text(
+        "strategy: last6_lora\nsampler: random\ntrials: 6\n"
+        "settings: {training.vit_lr: 0.0001, strategy.llm.method: frozen, strategy.llm.layers: none}\n"
+        "space:\n  strategy.aligner.method: [full, frozen]\n  vision:\n"
+        "    - {name: lora, set: {strategy.vision.method: lora}}\n"
+        "    - {name: frozen, set: {strategy.vision.method: frozen, strategy.vision.blocks: none}}\n"
+    )
+    sweep = read_sweep(str(tmp_path / "parts.yaml"))
+    tried = place().work(sweep)
+    frozen = [set(one.point.values()) == {"frozen"} for one in tried]
+    assert any(frozen) and not all(frozen)
+    assert states(tried) == ["FAIL" if alone else "COMPLETE" for alone in frozen]
+    assert {one.why.partition(";")[0] for one in tried} == {"", "-P strategy: three frozen parts"}
+    again = Place(tmp_path)
+    assert states(again.work(sweep)) == states(tried) and not again.started
+
+
+def test_a_full_disk_is_one_message_and_all_trials_are_given_back(
+    place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes when there is room again goes on."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    here = place()
+    monkeypatch.setattr(Training, "__init__", full)
+    with pytest.raises(ConfigError, match=r"training.output_dir[\s\S]*0000-\w+: No space left on device"):
+        here.work(rates())
+    with here.study(rates()) as study:
+        assert states(study.tried()) == ["WAITING"] * 4
+
+
+def test_a_signal_at_any_moment_leaves_no_trial_running(
+    place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a point was just given, and when its training has just ended."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    here = place()
+    for where, name, first in ((Sweep, "resolved", "WAITING"), (Board, "gone", "COMPLETE")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(where, name, interrupt)
+            here.work(rates(), jobs=1)
+        with here.study(rates()) as study:
+            assert states(study.tried()) == [first, *["WAITING"] * 3]
 
 
 def test_a_run_that_is_over_is_not_trained_again_where_its_worker_died_before_telling(
