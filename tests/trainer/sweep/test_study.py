@@ -36,14 +36,6 @@ with opened(sweep, Storage(default_url(Path(sys.argv[2])), "s", grace_seconds=60
 Open = Callable[..., Study]
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With Optuna's tables: making them takes a second, copying the file none."""
-    folder = tmp_path_factory.mktemp("empty")
-    Storage(default_url(folder), "s", grace_seconds=60).open().engine.dispose()
-    return folder / "study.db"
-
-
 @pytest.fixture
 def open_study(tmp_path: Path, empty_database: Path) -> Open:
     """Opens the study of a sweep, as another worker each time."""
