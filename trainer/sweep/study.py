@@ -133,8 +133,12 @@ class Study:
             point = {axis.key: _suggested(trial, axis) for axis in self.sweep.axes}
             trial_id = self._rdb.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
             self._heart.keep(trial_id)
-            trial.set_user_attr(_WORKER, self.worker)
-            history = _history(self._rdb.get_trial(trial_id))
+            try:
+                trial.set_user_attr(_WORKER, self.worker)
+                history = _history(self._rdb.get_trial(trial_id))
+            except BaseException:  # it may stand there as this worker's, which will not try it
+                self._heart.drop(trial_id)
+                raise
             return Given(trial, trial_id, trial.number, history[0] if history else trial.number, point)
 
     def _take_back(self) -> None:
