@@ -7,16 +7,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
 from trainer import names
+from trainer.addresses import Store
 from trainer.compare.children import Child, Job
 from trainer.compare.jobs import Board, Room
 from trainer.errors import ConfigError
 from trainer.runs import Identity as RunIdentity
 from trainer.runs import RunFolder, State, new_run
-from trainer.sweep import points, worker
+from trainer.sweep import conduct, points, worker
 from trainer.sweep.conduct import Plan, job_of
 from trainer.sweep.storage import MAX_RETRIES, Storage, default_url
 from trainer.sweep.study import Given, Study, Tried, opened
@@ -305,6 +308,39 @@ def test_a_pruner_ends_a_training_that_is_behind(place: Callable[..., Place], tm
     assert tried[1].value is not None and tried[1].value >= 0.8
     ranked = points.ranked(rates(), tried)
     assert [point.states for point in ranked] == [("complete",), ("pruned",)]
+
+
+def test_a_worker_that_is_interrupted_while_the_database_is_away_ends_at_once_and_closes_its_parent(
+    place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How the sweep stands, the next worker tells."""
+    closed = list[str]()
+
+    class Parent:
+        def __init__(self, store: Store) -> None:
+            pass
+
+        def found_or_made(self, known: str | None, **_: object) -> str:
+            return "f" * 32
+
+        def close(self, status: str) -> None:
+            closed.append(status)
+
+    def away(*_: object, **__: object) -> None:
+        raise StorageInternalError("away")
+
+    def interrupted(_: Study) -> None:
+        monkeypatch.setattr(optuna.Study, "get_trials", away)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.sweep.study._PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(Study, "take", interrupted)
+    monkeypatch.setattr(conduct, "Parent", Parent)
+    here = place()
+    plan = conduct.plan(rates(), Storage(default_url(here.folder), "s", grace_seconds=60), here.folder, 1)
+    with pytest.raises(KeyboardInterrupt):
+        conduct.conduct(plan, Store("sqlite:///mlflow.db", ""), Board(0))
+    assert closed == ["KILLED"] and "trying again" not in capsys.readouterr().err
 
 
 def test_a_job_is_a_run_with_the_settings_of_its_point_on_one_rank(place: Callable[..., Place]) -> None:
