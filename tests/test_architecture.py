@@ -87,7 +87,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runs": ("durable", "errors", "spool"),
     "compare.children": ("launch", "names", "runs", "signals", "spool"),
     "compare.jobs": ("compare.children", "errors", "gpus", "launch"),
-    "compare.arms": ("config.*", "errors"),
+    "compare.arms": ("config.*", "errors", "gpus", "launch"),
     "compare.asked": ("checkpoint", "compare.arms", "compare.jobs", "config.*", "runs"),
     "compare.parent": ("addresses", "begin", "errors", "names", "redact", "runs", "tracker", "tracking"),
     "compare.stage": ("compare.*", "names"),
