@@ -100,7 +100,7 @@ def compare(context: click.Context, /, strategies: str, seeds: str, dry_run: str
 
     The status is 1 where some runs have failed; the others are ranked.
     """
-    from trainer.compare.arms import enter, parse_arms, parse_seeds
+    from trainer.compare.arms import enter, gpus_of, parse_arms, parse_seeds
     from trainer.compare.asked import Asked
     from trainer.compare.jobs import gpus_to_deal
     from trainer.config.load import SHORT_NAMES
@@ -121,7 +121,7 @@ def compare(context: click.Context, /, strategies: str, seeds: str, dry_run: str
         policy=one_of("--policy", given["policy"] or "full", _POLICIES),
         tune=int(one_of("--tune", given["tune"] or "0", _TRIALS)),
         margin=_share("--margin", given["margin"] or "0.01"), error=_share("--error", given["error"] or "0.05", 0.5),
-        jobs=whole_number("--jobs", given["jobs"], at_most=_MOST_JOBS), gpus=gpus_to_deal(common.get("launch.gpus")),
+        jobs=whole_number("--jobs", given["jobs"], at_most=_MOST_JOBS), gpus=gpus_to_deal(gpus_of(arms)),
     )  # fmt: skip
     for resolved in {entered.resolved.path: entered.resolved for entered in arms}.values():
         tell(resolved)

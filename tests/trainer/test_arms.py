@@ -6,6 +6,7 @@ import pytest
 
 from trainer.__main__ import cli
 from trainer.compare.arms import Arm, arguments, enter, parse_arms, parse_seeds
+from trainer.compare.asked import Asked
 from trainer.compare.tuning import factors, trial_seed
 from trainer.config.load import load
 from trainer.errors import ConfigError
@@ -68,6 +69,29 @@ def test_a_run_of_an_arm_is_a_command_that_loads_to_its_configuration() -> None:
         assert (resolved.config.training.seed, resolved.config.tuner.lora_rank) == (18, rank)
         assert resolved.arm == name
         assert resolved.config.launch.nproc == 1 and resolved.config.launch.gpus is None
+
+
+def test_the_gpus_of_a_comparison_are_those_that_its_arms_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a file; they are dealt out to all runs, so that all arms name the same, and such as are there."""
+    monkeypatch.setattr("trainer.launch.may_have_gpus", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("trainer.compare_command.quiet_libraries", lambda: None)
+    begun = list[Asked]()
+    monkeypatch.setattr("trainer.compare_command._run", begun.append)
+    (tmp_path / "mine.yaml").write_text("launch: {gpus: '2,3'}\n")
+
+    def dealt(*settings: str, on_line: tuple[str, ...] = ()) -> tuple[str, ...]:
+        arms = ",".join(f"a{number}={tmp_path}/mine.yaml{more}" for number, more in enumerate(settings))
+        cli(["compare", "--strategies", arms, *on_line], standalone_mode=False)
+        return begun.pop().gpus
+
+    assert dealt("", "+tuner.lora_rank=8") == ("2", "3")
+    assert dealt("", on_line=("--gpus", "1")) == ("1",)
+    assert dealt("+launch.gpus=null") == ("0", "1", "2", "3")
+    with pytest.raises(ConfigError, match=r"mine.yaml:1: launch.gpus\n  got: +2,3 in arm a0, 1 in arm a1"):
+        dealt("", "+launch.gpus=1")
+    with pytest.raises(ConfigError, match="4 on a machine where 4 can be seen"):
+        dealt("", on_line=("--gpus", "4"))
 
 
 def test_the_rate_that_is_tried_is_that_of_vision_where_vision_trains() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trainer import launch
 from trainer.config.load import SHORT_NAMES, load
 from trainer.config.problems import place, shown
 from trainer.config.resolved import Resolved
@@ -161,6 +162,29 @@ def on_one_host(resolved: Resolved, command: str) -> None:
             place(resolved.origins["launch.hosts"], "launch.hosts"), f"{resolved.config.launch.hosts}, and {command}",
             "runs that each lie on one host", "take it out; runs on several hosts are started one by one",
         )  # fmt: skip
+
+
+def gpus_of(entered: Sequence[Entered]) -> str | None:
+    """`launch.gpus` of all arms, which is dealt out to their runs; None: no arm names any, or there is none here.
+
+    Raises:
+        ConfigError: arms name different ones, or such as are not there.
+    """
+    if not launch.may_have_gpus():
+        return None
+    from trainer import gpus  # imports torch
+
+    for each in entered:
+        gpus.settled(each.resolved)
+    named = {each.resolved.config.launch.gpus: each for each in reversed(entered)}
+    if len(named) > 1 and gpus.count(None):
+        told = ", ".join(f"{text or 'all'} in arm {named[text].arm.name}" for text in reversed(named))
+        text, each = next((text, each) for text, each in reversed(named.items()) if text)
+        raise ConfigError(
+            place(each.resolved.origins["launch.gpus"], "launch.gpus"), told,
+            "the same in all arms: their runs share these GPUs out", f"name them for all: --launch.gpus {text}",
+        )  # fmt: skip
+    return next(iter(named))
 
 
 def _given(arm: Arm, seed: int, common: Mapping[str, str]) -> dict[str, str]:

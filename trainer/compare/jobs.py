@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -103,11 +104,11 @@ class Board:
         self._progress = Progress(*shown, console=self._console, disable=not live)
         self._all = self._progress.add_task(what, total=total, completed=done, loss="")
         self._total, self._done = total, done
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks: dict[Path, TaskID] = {}  # by folder: a sweep that draws one point twice has two jobs of one name
 
     def started(self, job: Job) -> None:
         """Of a job's process."""
-        self._tasks[job.name] = self._progress.add_task(job.name, total=None, loss="")
+        self._tasks[job.folder] = self._progress.add_task(job.name, total=None, loss="")
         if not self._progress.live.is_started:
             self.say(f"started {job.name}")
 
@@ -115,11 +116,11 @@ class Board:
         """Show how far a run has come."""
         last = now.evaluations[-1:]
         loss = f"eval {last[0].loss:.4f}" if last else ""
-        self._progress.update(self._tasks[job.name], completed=now.step, total=now.total_steps or None, loss=loss)
+        self._progress.update(self._tasks[job.folder], completed=now.step, total=now.total_steps or None, loss=loss)
 
     def gone(self, job: Job) -> None:
         """Of a job's process, whatever became of it."""
-        self._progress.remove_task(self._tasks.pop(job.name))
+        self._progress.remove_task(self._tasks.pop(job.folder))
 
     def stands_at(self, done: int) -> None:
         """So many are done now, whoever has done them."""

@@ -1,6 +1,7 @@
 """A sweep from its plan to its end: opens the study, works at it, and tells the run above all trials how it stands."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,10 +129,22 @@ def conduct(plan: Plan, store: Store, board: Board) -> list[Tried]:
                 board.say("this sweep is finished")
             else:
                 Worker(study, lambda given: job_of(plan, study, given, run_id), plan.room, board).work()
-        finally:
-            tried = study.tried()
-            parent.tell(points.markdown(plan.sweep, tried), artifacts(plan.sweep, tried), status=_status(study, tried))
-        return tried
+        except BaseException:
+            with suppress(Exception):  # what has ended this worker is what is told
+                _tell(plan.sweep, study, parent)
+            raise
+        return _tell(plan.sweep, study, parent)
+
+
+def _tell(sweep: Sweep, study: Study, parent: Parent) -> list[Tried]:
+    """Write down how the sweep stands; where the study cannot be read, that this worker has left it."""
+    try:
+        tried = study.tried()
+    except BaseException:
+        parent.close("KILLED")
+        raise
+    parent.tell(points.markdown(sweep, tried), artifacts(sweep, tried), status=_status(study, tried))
+    return tried
 
 
 def artifacts(sweep: Sweep, tried: Sequence[Tried]) -> dict[str, str]:
@@ -151,4 +164,5 @@ def _status(study: Study, tried: list[Tried]) -> str | None:
     """How the run above the trials ends, when this worker does."""
     if study.is_over(tried):
         return "FINISHED"
-    return None if any(one.state == TrialState.RUNNING for one in tried) else "KILLED"
+    by_others = any(one.state == TrialState.RUNNING and one.worker != study.worker for one in tried)
+    return None if by_others else "KILLED"

@@ -11,7 +11,7 @@ from statistics import mean, stdev
 
 from optuna.trial import TrialState
 
-from trainer.sweep.space import SEED, Point, short, without_seed
+from trainer.sweep.space import SEED, Point, Value, short, without_seed
 from trainer.sweep.study import Tried
 from trainer.sweep.sweep_file import Sweep
 
@@ -22,6 +22,7 @@ _WORDS = {
     TrialState.RUNNING: "running",
     TrialState.WAITING: "waiting",
 }
+"""Of a seed that was tried more than once, the first of these is what counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +55,24 @@ class Ranked:
 def ranked(sweep: Sweep, tried: Sequence[Tried]) -> list[Ranked]:
     """Points, best first; those that lack a seed come after all that are whole, and those without a value last.
 
+    A sampler may draw a point again: on the same seed it computes the same, which is no second seed.
+
     Args:
         sweep: says which way the metric goes.
         tried: what has become of each point and seed.
     """
-    of_point: dict[str, list[Tried]] = {}
+    of_point: dict[str, dict[Value | None, Tried]] = {}
     for one in tried:
         key = json.dumps(without_seed(one.point), sort_keys=True) if one.point else f"trial {one.first}"
-        of_point.setdefault(key, []).append(one)
+        of_seed, seed = of_point.setdefault(key, {}), one.point.get(SEED)
+        of_seed[seed] = min(of_seed.get(seed, one), one, key=lambda of_both: list(_WORDS).index(of_both.state))
     points = [
         Ranked(
             point=without_seed(ones[0].point),
             values=tuple(o.value for o in ones if o.state == TrialState.COMPLETE and o.value is not None),
             states=tuple(_WORDS[one.state] for one in ones),
         )
-        for ones in of_point.values()
+        for ones in (list(of_seed.values()) for of_seed in of_point.values())
     ]
     sign = 1 if sweep.lower_is_better else -1
     return sorted(points, key=lambda p: (not p.values, not p.is_whole, sign * p.mean if p.values else 0.0))

@@ -86,5 +86,15 @@ class Parent:
             for name, text in artifacts.items():
                 self._door.client.log_text(self.run_id, redactor.text(text), name)
             status = status or ("KILLED" if made_for_us() == self.run_id else None)  # MLflow closes its own in any case
-            if status and self._door.client.get_run(self.run_id).info.status != status:
+            if status:
+                self.close(status)
+
+    def close(self, status: str) -> None:
+        """End the run; where the store has gone away, the next worker does.
+
+        Args:
+            status: of MLflow.
+        """
+        with suppress(Exception):
+            if self._door.client.get_run(self.run_id).info.status != status:
                 self._door.client.set_terminated(self.run_id, status)

@@ -71,6 +71,7 @@ class Study:
         self.sweep, self._storage, self._study, self._rdb = sweep, storage, study, rdb
         self._study_id = rdb.get_study_id_from_name(study.study_name)
         self._heart = Heart(rdb, storage.beat_seconds)
+        self._patience_seconds = _PATIENCE_SECONDS
         self.beat_seconds = storage.beat_seconds
         self.key = str(study.user_attrs[_KEY])
         """Of this study, everywhere; another one of the same name has another."""
@@ -132,8 +133,12 @@ class Study:
             point = {axis.key: _suggested(trial, axis) for axis in self.sweep.axes}
             trial_id = self._rdb.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
             self._heart.keep(trial_id)
-            trial.set_user_attr(_WORKER, self.worker)
-            history = _history(self._rdb.get_trial(trial_id))
+            try:
+                trial.set_user_attr(_WORKER, self.worker)
+                history = _history(self._rdb.get_trial(trial_id))
+            except BaseException:  # it may stand there as this worker's, which will not try it
+                self._heart.drop(trial_id)
+                raise
             return Given(trial, trial_id, trial.number, history[0] if history else trial.number, point)
 
     def _take_back(self) -> None:
@@ -211,19 +216,23 @@ class Study:
         told = self._study.tell(given.number, value, state=state, skip_if_finished=True)
         return told.state == state
 
+    def wait_no_longer(self) -> None:
+        """From here on a database that is away is asked once: whoever ends this worker is not kept waiting for it."""
+        self._patience_seconds = 0.0
+
     def _patiently(self, call: Callable[[], T]) -> T:
         """Wait for a database that has gone away: what was trained for hours is not given up for a restart of it.
 
         Raises:
             ConfigError: it has not come back.
         """
-        until, told = time.monotonic() + _PATIENCE_SECONDS, False
+        until, told = time.monotonic() + self._patience_seconds, False
         while True:
             try:
                 return call()
             except OUTAGES as error:
                 with self._storage.told():
-                    if time.monotonic() > until:
+                    if time.monotonic() >= until:
                         raise
                 if not told:
                     sys.stderr.write(f"{self._storage.shown} does not answer ({reason_of(error)}); trying again\n")

@@ -153,7 +153,7 @@ def read_sweep(
     on_line = {
         key: Node(value, f"--{key}")
         for key, value in (("profile", profile), ("seeds", _split(seeds)), ("trials", _number(trials)))
-        if value
+        if value not in (None, "")  # as MLproject has what is not given
     }
     reader = _Reader(Node({**(root.children or {}), **on_line}, root.origin), given)
     sweep = reader.sweep(path)
@@ -162,7 +162,8 @@ def read_sweep(
 
 
 def _split(text: str | None) -> Any:
-    return [_number(part) for part in text.split(",") if part.strip()] if text else None
+    """A list; the text itself where it holds none, to be told as what it is."""
+    return [_number(part) for part in (text or "").split(",") if part.strip()] or text
 
 
 def _number(text: str | None) -> Any:

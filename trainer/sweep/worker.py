@@ -2,13 +2,19 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from trainer import names
 from trainer.compare.children import Child, Job, Standing, is_held, last_words, standing
 from trainer.compare.jobs import Board, Room, end_all
+from trainer.errors import UserError
+from trainer.runs import disk
+from trainer.sweep.space import name_of
+from trainer.sweep.storage import MAX_RETRIES
 from trainer.sweep.study import Given, Study, Tried
 
 _LOOK_SECONDS, _READ_SECONDS = 0.1, 2.0
@@ -39,6 +45,8 @@ class _Running:
     pruned: bool = False
     lost: bool = False
     """Whether others have taken it over."""
+    ended: bool = False
+    """Whether its process was seen to have ended."""
 
 
 class Worker:
@@ -58,6 +66,7 @@ class Worker:
         """
         self._study, self._job_of, self._room, self._board, self._start = study, job_of, room, board, start
         self._slots: dict[int, _Running] = {}
+        self._interrupted = Counter[int]()  # number of a first attempt -> how often, without this worker having asked
         self._ask_at, self._read_at, self._mine_at = 0.0, 0.0, 0.0
         self._told_of_waiting = False
 
@@ -67,12 +76,15 @@ class Worker:
         Where it is interrupted, its trials are given back with resume points, for whoever comes next.
 
         Raises:
-            ConfigError: the study's database has gone away.
+            ConfigError: the study's database has gone away, or the disk takes no folder of a trial.
         """
         try:
             while self._fill() or self._slots or not self._is_over():
                 time.sleep(_LOOK_SECONDS)
                 self._look()
+        except BaseException:
+            self._study.wait_no_longer()
+            raise
         finally:
             self._leave()
 
@@ -86,8 +98,16 @@ class Worker:
             if given is None:
                 self._ask_at = time.monotonic() + _ASK_SECONDS
                 break
-            self._slots[slot] = _Running(given, self._job_of(given))
             taken = True
+            try:
+                self._slots[slot] = _Running(given, self._job_of(given))
+            except UserError as error:  # values that cannot go together: another attempt would find the same
+                why = f"{error.where}: {error.got}; allowed: {error.allowed}"
+                self._study.fail(given, why, stopped=True)
+                self._board.say(f"{name_of(given.point)}: FAILED, {why}")
+            except BaseException:  # a signal
+                self._study.give_back(given, "its worker was interrupted")
+                raise
         return taken
 
     def _count(self) -> list[Tried]:
@@ -124,9 +144,10 @@ class Worker:
             if read and status is None:
                 self._report(running, standing(running.job.folder))
             if status is not None:
-                del self._slots[slot]
+                running.ended = True
                 self._board.gone(running.job)
                 self._end(running, status)
+                del self._slots[slot]  # not before: a signal comes at any moment, and `_leave` ends what is in a slot
                 self._count()
                 self._ask_at = 0.0
 
@@ -136,10 +157,11 @@ class Worker:
             return
         before = standing(running.job.folder)
         if before.state == "over":  # its worker died between the end of the run and telling it
-            del self._slots[slot]
             self._outcome(running, before)
+            del self._slots[slot]
             return
-        running.child = self._start(running.job, threads=self._room.threads, gpus=self._room.gpus[slot])
+        with disk(running.job.folder):
+            running.child = self._start(running.job, threads=self._room.threads, gpus=self._room.gpus[slot])
         self._board.started(running.job)
 
     def _report(self, running: _Running, now: Standing) -> None:
@@ -166,14 +188,16 @@ class Worker:
         elif running.pruned:
             self._study.prune(given)
             self._board.say(f"{job.name}: pruned")
-        elif status in _INTERRUPTED:
+        elif status in _INTERRUPTED and self._interrupted[given.first] < MAX_RETRIES:
+            self._interrupted[given.first] += 1
             self._study.give_back(given, f"interrupted with status {status}")
             self._board.say(f"{job.name}: interrupted from outside, given back")
         else:
             # one that came to other numbers than before, on another machine, has not stopped itself: it is tried again
             stopped = status == _STOPPED and standing(job.folder).state == "stopped"
             said = "; ".join(line.strip() for line in last_words(job.log)) or "it has said nothing"
-            self._fail(running, f"status {status}: {said}", stopped=stopped)
+            again = f", interrupted from outside {MAX_RETRIES + 1} times" if status in _INTERRUPTED else ""
+            self._fail(running, f"status {status}{again}: {said}", stopped=stopped)
 
     def _outcome(self, running: _Running, now: Standing) -> None:
         """Tell the study the metric of a run that is over."""
@@ -195,7 +219,9 @@ class Worker:
         self._slots.clear()
         end_all([running.child for running in left if running.child])
         for running in left:
-            if running.child and not running.lost and (running.pruned or running.child.poll() == _DONE):
-                self._end(running, running.child.poll() or _DONE)
-            elif not running.lost:
-                self._study.give_back(running.given, "its worker was interrupted")
+            status = running.child.poll() if running.child else None
+            with suppress(UserError):  # the database is away: others take over what has fallen silent
+                if status is not None and (running.ended or running.pruned or status == _DONE):
+                    self._end(running, status)
+                elif not running.lost:
+                    self._study.give_back(running.given, "its worker was interrupted")

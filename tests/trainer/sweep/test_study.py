@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from optuna.trial import TrialState
+from optuna.exceptions import StorageInternalError
+from optuna.trial import Trial, TrialState
 
 from tests.running import ROOT, empty_store, environment
 from trainer.errors import ConfigError
-from trainer.sweep.storage import Storage, default_url
+from trainer.sweep.storage import Heart, Storage, default_url
 from trainer.sweep.study import Given, Study, opened
 from trainer.sweep.sweep_file import Named, Sweep, read_sweep
 
@@ -34,14 +35,6 @@ with opened(sweep, Storage(default_url(Path(sys.argv[2])), "s", grace_seconds=60
 """
 
 Open = Callable[..., Study]
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With Optuna's tables: making them takes a second, copying the file none."""
-    folder = tmp_path_factory.mktemp("empty")
-    Storage(default_url(folder), "s", grace_seconds=60).open().engine.dispose()
-    return folder / "study.db"
 
 
 @pytest.fixture
@@ -136,6 +129,26 @@ def test_a_worker_that_is_interrupted_gives_its_trial_back_at_once(open_study: O
             study.complete(given, 0.0)
         assert first.first in seen and len(seen) == 2
         assert [one.state for one in study.tried()] == [TrialState.COMPLETE] * 4
+
+
+def test_a_worker_does_not_keep_alive_what_it_was_given_when_the_database_went_away(
+    open_study: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands there as its own, and nobody tries it: silent, it is taken back like a dead worker's."""
+    monkeypatch.setattr("trainer.sweep.study._AGAIN_SECONDS", 0.0)
+    written, kept, dropped = Trial.set_user_attr, list[int](), list[int]()
+
+    def then_away(trial: Trial, key: str, value: object) -> None:
+        written(trial, key, value)
+        if trial.number == 0:
+            raise StorageInternalError("the answer is lost")
+
+    monkeypatch.setattr(Trial, "set_user_attr", then_away)
+    monkeypatch.setattr(Heart, "keep", lambda _, trial_id: kept.append(trial_id))
+    monkeypatch.setattr(Heart, "drop", lambda _, trial_id: dropped.append(trial_id))
+    with open_study(read_sweep("vit_lr", seeds="1")) as study:
+        assert taken(study).number == 1
+    assert len(kept) == 2 and dropped == kept[:1]
 
 
 def test_an_outcome_of_a_worker_that_was_taken_for_dead_does_not_count(open_study: Open) -> None:

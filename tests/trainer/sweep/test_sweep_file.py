@@ -191,6 +191,8 @@ def test_mistakes_of_the_command_line_name_it(tmp_path: Path) -> None:
     """And not a line of the file."""
     assert "--seeds: seeds" in told(tmp_path, GRID, seeds="17,x")
     assert "--trials: trials" in told(tmp_path, DRAWN, trials="many")
+    assert "--trials: trials\n  got:     0\n" in told(tmp_path, DRAWN, trials="0")
+    assert "--seeds: seeds\n  got:     ','\n" in told(tmp_path, GRID, seeds=",")
     with pytest.raises(ConfigError, match=r"-P training\.vit_rl"):
         read_sweep(written(tmp_path, GRID), overrides={"training.vit_rl": "1"})
     with pytest.raises(ConfigError, match="which is 1 for every point"):

@@ -1,21 +1,27 @@
 """A worker of a sweep with trainings that are only folders: what it tells the study of each, and how it leaves."""
 
+import errno
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
 from trainer import names
+from trainer.addresses import Store
 from trainer.compare.children import Child, Job
 from trainer.compare.jobs import Board, Room
+from trainer.errors import ConfigError
 from trainer.runs import Identity as RunIdentity
 from trainer.runs import RunFolder, State, new_run
-from trainer.sweep import points, worker
+from trainer.sweep import conduct, points, worker
 from trainer.sweep.conduct import Plan, job_of
-from trainer.sweep.storage import Storage, default_url
+from trainer.sweep.storage import MAX_RETRIES, Storage, default_url
 from trainer.sweep.study import Given, Study, Tried, opened
 from trainer.sweep.sweep_file import Sweep, read_sweep
 from trainer.sweep.worker import Worker
@@ -118,8 +124,9 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Place]:
+def place(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Place]:
     """Without waiting between two looks."""
+    shutil.copy(empty_database, tmp_path)
     monkeypatch.setattr(worker, "_LOOK_SECONDS", 0.0)
     monkeypatch.setattr(worker, "_READ_SECONDS", 0.0)
     return lambda **courses: Place(
@@ -146,6 +153,19 @@ def test_every_point_is_trained_once_and_has_the_last_value_of_its_metric(place:
     best, *_ = ranked = points.ranked(rates(), tried)
     assert (best.point, best.mean) == ({"training.vit_lr": "0.00012"}, 0.4)
     assert points.command(rates(), ranked) == "python -m trainer run last6_lora --training.vit_lr 0.00012"
+
+
+def test_a_point_that_is_drawn_twice_is_tried_twice_at_once(place: Callable[..., Place], tmp_path: Path) -> None:
+    """In two jobs of one name; both compute the same on the one seed, so that its value counts once."""
+    (tmp_path / "one.yaml").write_text(
+        "strategy: last6_lora\nspace: {training.vit_lr: [0.0001]}\nsampler: random\ntrials: 2\n"
+    )
+    sweep = read_sweep(str(tmp_path / "one.yaml"))
+    tried = place().work(sweep)
+    assert states(tried) == ["COMPLETE"] * 2
+    assert points.rows(sweep, points.ranked(sweep, tried)) == [
+        ["1", "0.0001", "0.90000", "", "1/1", "1 complete"],
+    ]  # fmt: skip
 
 
 def test_what_fails_stops_nothing_and_is_told_with_its_last_words(place: Callable[..., Place]) -> None:
@@ -195,6 +215,69 @@ def test_a_training_that_was_interrupted_from_outside_is_gone_on_with(place: Cal
     assert [one.attempts for one in tried] == [2, 1, 1, 1]
 
 
+def test_a_training_that_is_interrupted_from_outside_again_and_again_fails(place: Callable[..., Place]) -> None:
+    """After as many attempts as one whose workers die."""
+    here = place(r0001=Course(status=143, says="RuntimeError: a collective timed out"))
+    tried = here.work(rates())
+    assert states(tried) == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert here.started.count("0.0001") == tried[0].attempts == MAX_RETRIES + 1
+    assert "interrupted from outside" in tried[0].why and "a collective timed out" in tried[0].why
+
+
+def test_a_point_that_cannot_be_trained_fails_alone_and_is_not_tried_again(
+    place: Callable[..., Place], tmp_path: Path
+) -> None:
+    """Each of its values goes with others, so that only the draw shows it."""
+    (tmp_path / "parts.yaml").write_text(
+        "strategy: last6_lora\nsampler: random\ntrials: 6\n"
+        "settings: {training.vit_lr: 0.0001, strategy.llm.method: frozen, strategy.llm.layers: none}\n"
+        "space:\n  strategy.aligner.method: [full, frozen]\n  vision:\n"
+        "    - {name: lora, set: {strategy.vision.method: lora}}\n"
+        "    - {name: frozen, set: {strategy.vision.method: frozen, strategy.vision.blocks: none}}\n"
+    )
+    sweep = read_sweep(str(tmp_path / "parts.yaml"))
+    tried = place().work(sweep)
+    frozen = [set(one.point.values()) == {"frozen"} for one in tried]
+    assert any(frozen) and not all(frozen)
+    assert states(tried) == ["FAIL" if alone else "COMPLETE" for alone in frozen]
+    assert {one.why.partition(";")[0] for one in tried} == {"", "-P strategy: three frozen parts"}
+    again = Place(tmp_path)
+    assert states(again.work(sweep)) == states(tried) and not again.started
+
+
+def test_a_full_disk_is_one_message_and_all_trials_are_given_back(
+    place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes when there is room again goes on."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    here = place()
+    monkeypatch.setattr(Training, "__init__", full)
+    with pytest.raises(ConfigError, match=r"training.output_dir[\s\S]*0000-\w+: No space left on device"):
+        here.work(rates())
+    with here.study(rates()) as study:
+        assert states(study.tried()) == ["WAITING"] * 4
+
+
+def test_a_signal_at_any_moment_leaves_no_trial_running(
+    place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a point was just given, and when its training has just ended."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    here = place()
+    for where, name, first in ((Sweep, "resolved", "WAITING"), (Board, "gone", "COMPLETE")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(where, name, interrupt)
+            here.work(rates(), jobs=1)
+        with here.study(rates()) as study:
+            assert states(study.tried()) == [first, *["WAITING"] * 3]
+
+
 def test_a_run_that_is_over_is_not_trained_again_where_its_worker_died_before_telling(
     place: Callable[..., Place],
 ) -> None:
@@ -225,6 +308,39 @@ def test_a_pruner_ends_a_training_that_is_behind(place: Callable[..., Place], tm
     assert tried[1].value is not None and tried[1].value >= 0.8
     ranked = points.ranked(rates(), tried)
     assert [point.states for point in ranked] == [("complete",), ("pruned",)]
+
+
+def test_a_worker_that_is_interrupted_while_the_database_is_away_ends_at_once_and_closes_its_parent(
+    place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How the sweep stands, the next worker tells."""
+    closed = list[str]()
+
+    class Parent:
+        def __init__(self, store: Store) -> None:
+            pass
+
+        def found_or_made(self, known: str | None, **_: object) -> str:
+            return "f" * 32
+
+        def close(self, status: str) -> None:
+            closed.append(status)
+
+    def away(*_: object, **__: object) -> None:
+        raise StorageInternalError("away")
+
+    def interrupted(_: Study) -> None:
+        monkeypatch.setattr(optuna.Study, "get_trials", away)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.sweep.study._PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(Study, "take", interrupted)
+    monkeypatch.setattr(conduct, "Parent", Parent)
+    here = place()
+    plan = conduct.plan(rates(), Storage(default_url(here.folder), "s", grace_seconds=60), here.folder, 1)
+    with pytest.raises(KeyboardInterrupt):
+        conduct.conduct(plan, Store("sqlite:///mlflow.db", ""), Board(0))
+    assert closed == ["KILLED"] and "trying again" not in capsys.readouterr().err
 
 
 def test_a_job_is_a_run_with_the_settings_of_its_point_on_one_rank(place: Callable[..., Place]) -> None:
@@ -268,3 +384,12 @@ def test_the_ranking_puts_points_that_lack_a_seed_after_those_that_have_all() ->
     assert points.as_csv(sweep, tried).splitlines()[1] == "0,0.0001,1,0.5,complete,1,,"
     assert '"mean": null' in points.as_json(sweep, tried)
     assert "| 1 | 0.0001 | 0.60000 |" in points.markdown(sweep, tried)
+
+
+def test_of_a_seed_that_was_tried_twice_the_ranking_takes_what_has_come_furthest() -> None:
+    """A complete one before all others: what is drawn twice, and fails once, is no point that lacks a seed."""
+    point = {"training.vit_lr": "0.0001"}
+    outcomes = (TrialState.FAIL, None), (TrialState.COMPLETE, 0.5), (TrialState.RUNNING, None)
+    tried = [Tried(number, point, state, value, "", "", 1) for number, (state, value) in enumerate(outcomes)]
+    (ranked,) = points.ranked(read_sweep("vit_lr", seeds="1"), tried)
+    assert (ranked.values, ranked.states) == ((0.5,), ("complete",))
