@@ -2,10 +2,11 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from trainer.addresses import Store, store_name
 from trainer.delivery import Courier, told_in_a_line
@@ -48,10 +49,12 @@ def close_dead(parent: Path, *, but: Path | None = None) -> list[str]:
 
     for path, facts in runs_below(parent):
         mine = but is not None and path.resolve() == but.resolve()
-        if facts["state"] == "running" and is_of_this_host(facts) and not mine:
+        if _is_dead(facts) and not mine:  # unless a process holds it
             with suppress(ConfigError):
                 folder = held(path)
                 try:
+                    if not _is_dead(folder.facts):  # it has ended, or goes on elsewhere, while others were delivered
+                        continue
                     _close(folder)
                     note = _deliver(folder, count).note if time.monotonic() < until else "not delivered yet"
                     lines.append(f"closed {path}, whose process had died{f' ({note})' if note else ''}")
@@ -105,6 +108,11 @@ def _sync(path: Path, watch: Callable[[Path, int, int], None]) -> Synced:
         return _deliver(folder, count)
     finally:
         folder.release()
+
+
+def _is_dead(facts: Mapping[str, Any]) -> bool:
+    """Whether a run that nobody holds was left as one that trains, on this host."""
+    return facts["state"] == "running" and is_of_this_host(facts)
 
 
 def _close(folder: RunFolder) -> None:
