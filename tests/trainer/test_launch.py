@@ -7,11 +7,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from trainer import collector, launch
+from trainer.config.schema import Launch
+from trainer.processes import to_their_end
+from trainer.runs import Identity, new_run, read_facts
 
 
 def ranks(script: str, asked: list[int] | None = None, n: int = 2) -> int:
@@ -121,3 +125,17 @@ def test_the_collector_rests_while_libraries_are_imported_and_works_afterwards()
         raise ImportError
     assert gc.isenabled() and gc.get_freeze_count() > before
     gc.unfreeze()
+
+
+def test_after_ctrl_c_a_run_whose_ranks_had_to_be_killed_is_closed(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after any other end; it goes on to end the launcher."""
+    folder = new_run(Path("output"), Identity("r", {}, store))
+    folder.release()
+
+    def start(nproc: int, arguments: Sequence[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        to_their_end(Launch(nproc=2), [], Path("output"))
+    assert read_facts(folder.path)["state"] == "interrupted"
