@@ -104,6 +104,30 @@ def test_a_rank_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> 
     assert ranks(script + "time.sleep(60)") == 4
 
 
+@pytest.mark.parametrize(("seconds", "written"), [(60.0, "01"), (0.2, "0")])
+def test_ranks_that_are_asked_to_end_have_as_long_as_any_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, written: str
+) -> None:
+    """Not the half minute of ranks that may wait for one that has failed; one that has ended as asked has not."""
+    monkeypatch.setattr(launch, "_LAST_SECONDS", 0.2)
+    monkeypatch.setattr(launch, "END_SECONDS", seconds)
+    asked: list[int] = []
+    script = (
+        "signal.signal(signal.SIGTERM, lambda *_: (\n"
+        f"    time.sleep(rank), open(r'{tmp_path}/written' + str(rank), 'w'), sys.exit(143)))\n"
+        f"open(r'{tmp_path}/ready' + str(rank), 'w'); time.sleep(60)"
+    )
+
+    def ask() -> None:
+        while len([*tmp_path.glob("ready*")]) < 2:
+            time.sleep(0.05)
+        asked.append(signal.SIGTERM)
+
+    threading.Thread(target=ask, daemon=True).start()
+    ranks(script, asked)
+    assert sorted(path.name for path in tmp_path.glob("written*")) == [f"written{rank}" for rank in written]
+
+
 def test_whoever_starts_ranks_imports_no_torch() -> None:
     """Where there can be no GPU to count: its ranks wait for it."""
     script = (

@@ -15,8 +15,6 @@ from trainer.runs import SPOOL, Busy, held, runs_below
 from trainer.signals import STARTED_BY
 from trainer.spool import AGAIN, entries, position_of
 
-END_SECONDS = 300.0
-"""What a run has to finish its step and write a resume point, once it was asked to end: gigabytes, of a large model."""
 _OF_A_RANK = frozenset(
     ("MLFLOW_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
      "MASTER_PORT", "JOB_COMPLETION_INDEX", launch.ROUND, launch.STATUSES)

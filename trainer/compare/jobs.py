@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from trainer import launch
-from trainer.compare.children import END_SECONDS, Child, Job, Standing, is_held, standing
+from trainer.compare.children import Child, Job, Standing, is_held, standing
 from trainer.errors import ConfigError
 
 MOST_ON_CORES = 8
@@ -199,7 +199,7 @@ def end_all(children: Sequence[Child]) -> None:
     try:
         for child in children:
             child.ask_to_end()
-        until = time.monotonic() + END_SECONDS
+        until = time.monotonic() + launch.END_SECONDS
         for child in children:
             child.wait(max(0.0, until - time.monotonic()))
     finally:
