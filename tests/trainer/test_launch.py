@@ -1,5 +1,6 @@
 """Ranks as processes: what they are told, how they end together, and that whoever starts them imports no torch."""
 
+import argparse
 import gc
 import signal
 import socket
@@ -11,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from torch.distributed import run as torchrun
 
 from trainer import collector, launch
 from trainer.config.schema import Launch
+from trainer.hosts import elastic
 from trainer.processes import to_their_end
 from trainer.runs import Identity, new_run, read_facts
 
@@ -126,6 +129,15 @@ def test_ranks_that_are_asked_to_end_have_as_long_as_any_run(
     threading.Thread(target=ask, daemon=True).start()
     ranks(script, asked)
     assert sorted(path.name for path in tmp_path.glob("written*")) == [f"written{rank}" for rank in written]
+
+
+def test_ranks_that_torch_starts_have_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that may be started again, or lie on several hosts."""
+    given: list[argparse.Namespace] = []
+    monkeypatch.setattr(torchrun, "run", given.append)
+    asked = Launch(nproc=2, restarts=1)
+    elastic.start(asked, elastic.hosts_of(asked), [])
+    assert [one.shutdown_timeout for one in given] == [300]
 
 
 def test_whoever_starts_ranks_imports_no_torch() -> None:
