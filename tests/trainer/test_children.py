@@ -99,6 +99,13 @@ def test_a_child_writes_to_its_log_and_ends_with_its_status(tmp_path: Path) -> N
     assert sorted(job.log.read_text().split()) == ["err", "err", "out", "out"]
 
 
+def test_a_folder_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    """Here, because a file is in its place."""
+    (tmp_path / "taken").touch()
+    with pytest.raises(ConfigError, match="Not a directory"):
+        Child(stand_in(tmp_path / "taken", ""), threads=1)
+
+
 def test_a_child_that_is_asked_to_end_ends_as_signals_do(tmp_path: Path) -> None:
     """A shell's status for SIGTERM."""
     job = stand_in(tmp_path, LISTENING)

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from trainer import launch, names
-from trainer.runs import SPOOL, Busy, held, runs_below
+from trainer.runs import SPOOL, Busy, disk, held, runs_below
 from trainer.signals import STARTED_BY
 from trainer.spool import AGAIN, entries, position_of
 
@@ -61,12 +61,14 @@ class Child:
             gpus: as `launch.gpus` has it; None: what the job says.
 
         Raises:
-            OSError: the folder or the log cannot be written.
+            ConfigError: the folder or the log cannot be written.
         """
         self.job = job
-        job.folder.mkdir(parents=True, exist_ok=True)
+        with disk(job.folder):
+            job.folder.mkdir(parents=True, exist_ok=True)
+            log = job.log.open("ab")
         of_gpus = ["--launch.gpus", gpus] if gpus is not None else []
-        with job.log.open("ab") as log:
+        with log:
             self._process = subprocess.Popen(
                 [sys.executable, *job.command, *of_gpus],
                 env=environment(job, threads), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
