@@ -195,8 +195,12 @@ def is_of_another(error: BaseException) -> bool:
 
 
 def told_of_another(error: BaseException) -> str:
-    """What such an error says, in a line: where every rank says so, it is the network or its library."""
-    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What such an error says, in a line: where every rank says so, it is the network or its library.
+
+    NCCL says in the first line of several where it noticed, and in the last one why; torch's frames may follow.
+    """
+    lines = [line.strip() for line in str(error).partition("Exception raised from")[0].splitlines() if line.strip()]
+    said = " ... ".join(dict.fromkeys([*lines[:1], *lines[-1:]])) or type(error).__name__
     return f"rank {os.environ.get('RANK', '0')}: another rank does not answer: {said}"
 
 

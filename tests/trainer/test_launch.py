@@ -140,6 +140,22 @@ def test_ranks_that_torch_starts_have_as_long(monkeypatch: pytest.MonkeyPatch) -
     assert [one.shutdown_timeout for one in given] == [300]
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            "NCCL error in: x.cpp:81\nncclSystemError: it failed\nLast error:\nno room\n",
+            "NCCL error in: x.cpp:81 ... no room",
+        ),
+        ("closed by peer\nException raised from recv at s.cpp:9 (most recent call first):\nframe #0", "closed by peer"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_an_error_of_many_lines_is_told_by_its_first_and_its_last(error: str, told: str) -> None:
+    """NCCL says last what was wrong; torch's frames say nothing to users."""
+    assert launch.told_of_another(RuntimeError(error)).endswith(f": another rank does not answer: {told}")
+
+
 def test_whoever_starts_ranks_imports_no_torch() -> None:
     """Where there can be no GPU to count: its ranks wait for it."""
     script = (
