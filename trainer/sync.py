@@ -42,11 +42,6 @@ def close_dead(parent: Path, *, but: Path | None = None) -> list[str]:
         but: a run that is left alone.
     """
     lines, until = [], time.monotonic() + _OTHERS_SECONDS
-
-    def count(_: int) -> None:
-        if time.monotonic() > until:
-            raise TimeoutError("the rest would take longer: python -m trainer sync")
-
     for path, facts in runs_below(parent):
         mine = but is not None and path.resolve() == but.resolve()
         if _is_dead(facts) and not mine:  # unless a process holds it
@@ -55,12 +50,27 @@ def close_dead(parent: Path, *, but: Path | None = None) -> list[str]:
                 try:
                     if not _is_dead(folder.facts):  # it has ended, or goes on elsewhere, while others were delivered
                         continue
-                    _close(folder)
-                    note = _deliver(folder, count).note if time.monotonic() < until else "not delivered yet"
+                    note = close(folder, until)
                     lines.append(f"closed {path}, whose process had died{f' ({note})' if note else ''}")
                 finally:
                     folder.release()
     return lines
+
+
+def close(folder: RunFolder, until: float) -> str:
+    """Close a run whose process ends, or has ended, without a word, as KILLED; why not all was delivered, or nothing.
+
+    Args:
+        folder: of the run, held by this process.
+        until: when to give the delivery up, by the monotonic clock.
+    """
+
+    def count(_: int) -> None:
+        if time.monotonic() > until:
+            raise TimeoutError("the rest would take longer: python -m trainer sync")
+
+    _close(folder)
+    return _deliver(folder, count).note if time.monotonic() < until else "not delivered yet"
 
 
 def sync(folders: Iterable[Path], watch: Callable[[Path, int, int], None]) -> list[Synced]:
