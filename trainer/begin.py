@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from trainer.tracking import MlflowDoor
 
 AUTO, NEVER = "auto", "never"
+_CLOSE_SECONDS = 10.0
+"""How long the end of a run that has not come to training waits for its delivery."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +91,19 @@ class Begun:
         if self.folder is None:
             return
         nothing_begun = self.folder.spool.last == 0
-        # A run that ends before anybody could tell is left for the next command, as one whose process died.
-        if nothing_begun or _last_word(self.folder.spool) == END:
-            with suppress(OSError):
-                self.folder.write(state=_state_after(error))
-                if error is None:
-                    forget_points(self.path)
-        self.folder.release()
+        try:
+            if nothing_begun or _last_word(self.folder.spool) == END:
+                with suppress(OSError):
+                    self.folder.write(state=_state_after(error))
+                    if error is None:
+                        forget_points(self.path)
+            elif not isinstance(error, UserError):  # it ends before a tracker could tell; a mistake begins nothing
+                from trainer.sync import close  # MLflow, which only the first rank needs
+
+                if note := close(self.folder, time.monotonic() + _CLOSE_SECONDS):
+                    sys.stderr.write(f"the run is not closed in MLflow ({note}): python -m trainer sync {self.path}\n")
+        finally:
+            self.folder.release()
         if nothing_begun and not self.resumed:
             shutil.rmtree(self.path, ignore_errors=True)
 

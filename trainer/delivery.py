@@ -139,7 +139,10 @@ class Delivery:
         self._leave = True
         self._hurry.set()
         if self._thread.ident is not None:
-            self._too_late = not self._done.wait(seconds)
+            try:
+                self._done.wait(seconds)
+            finally:  # also where a signal ends the wait: another process may have the spool soon
+                self._too_late = not self._done.is_set()
         return self.waiting == 0
 
     def _run(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from trainer.errors import ConfigError, Interrupted
 from trainer.hosts import network, scheduler
-from trainer.signals import SIGNALS, pass_on
+from trainer.signals import SAME_WISH_SECONDS, SIGNALS, pass_on
 
 _STARTED_AS_RANK = scheduler.adopt(os.environ)  # at the start: `_alone` makes a lone process a rank of one
 STATUSES, ROUND = "TRAINER_STATUSES", "TRAINER_ROUND"
@@ -30,8 +30,10 @@ _LOCK_SECONDS = 600.0
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 """The CPUs of Linux that are one core with this one."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+END_SECONDS = 300.0
+"""What a run has to finish its step and write a resume point, once it was asked to end: gigabytes, of a large model."""
 _LOOK_SECONDS, _LAST_SECONDS = 0.05, 30.0
-"""Between two looks at the ranks, and what one has to end that was asked to."""
+"""Between two looks at the ranks, and what one has to end where another has failed: it may wait for that one."""
 
 
 def is_rank() -> bool:
@@ -73,8 +75,9 @@ def may_have_gpus() -> bool:
 def start(nproc: int, arguments: Sequence[str]) -> int:
     """Run `python -m trainer ARGUMENTS` on `nproc` ranks of this machine, to their end.
 
-    Ranks share the cores, see `threads`. When one dies the others are asked to end, and so are all when this process is
-    asked; who has not ended half a minute later is killed. This process imports no torch: its ranks begin at once.
+    Ranks share the cores, see `threads`. When this process is asked to end, all are asked, and have as long as any run
+    for it; when one of them dies, or Ctrl-C comes again, the others have half a minute. Who has not ended by then is
+    killed. This process imports no torch: its ranks begin at once.
 
     Returns:
         The exit status of the rank that failed first, or 0.
@@ -128,19 +131,23 @@ def _to_their_end(nproc: int, command: Sequence[str], asked: list[int]) -> int:
         asked: signals that have come to this process, and come while it waits; each is passed on.
     """
     ranks: list[subprocess.Popen[bytes]] = []
-    status, passed_on, until = 0, 0, math.inf
+    status, passed_on, first_asked, until = 0, 0, math.inf, math.inf
     with _free_port() as port:
         for rank in range(nproc):
             ranks.append(subprocess.Popen(command, env=_environment(rank, nproc, port), start_new_session=True))
         while None in (states := [rank.poll() for rank in ranks]):
-            failed = next((state for state in states if state), 0)
-            tell = list(asked[passed_on:])
+            now, tell = time.monotonic(), list(asked[passed_on:])
             passed_on += len(tell)
+            if tell:
+                first_asked = min(first_asked, now)
+                at_once = signal.SIGINT in tell and now - first_asked > SAME_WISH_SECONDS  # Ctrl-C once more
+                until = min(until, now + (_LAST_SECONDS if at_once else END_SECONDS))
+            as_asked = {state for number in asked for state in (128 + number, -number)}
+            failed = next((state for state in states if state and state not in as_asked), 0)
             if failed and not status:
                 status, tell = failed, [*tell, signal.SIGTERM]
-            if tell:
-                until = min(until, time.monotonic() + _LAST_SECONDS)
-            for number in tell if time.monotonic() < until else [signal.SIGKILL]:
+                until = min(until, now + _LAST_SECONDS)
+            for number in tell if now < until else [signal.SIGKILL]:
                 for process in ranks:
                     process.send_signal(number)
             time.sleep(_LOOK_SECONDS)
@@ -188,8 +195,12 @@ def is_of_another(error: BaseException) -> bool:
 
 
 def told_of_another(error: BaseException) -> str:
-    """What such an error says, in a line: where every rank says so, it is the network or its library."""
-    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What such an error says, in a line: where every rank says so, it is the network or its library.
+
+    NCCL says in the first line of several where it noticed, and in the last one why; torch's frames may follow.
+    """
+    lines = [line.strip() for line in str(error).partition("Exception raised from")[0].splitlines() if line.strip()]
+    said = " ... ".join(dict.fromkeys([*lines[:1], *lines[-1:]])) or type(error).__name__
     return f"rank {os.environ.get('RANK', '0')}: another rank does not answer: {said}"
 
 

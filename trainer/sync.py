@@ -2,10 +2,11 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from trainer.addresses import Store, store_name
 from trainer.delivery import Courier, told_in_a_line
@@ -41,23 +42,35 @@ def close_dead(parent: Path, *, but: Path | None = None) -> list[str]:
         but: a run that is left alone.
     """
     lines, until = [], time.monotonic() + _OTHERS_SECONDS
+    for path, facts in runs_below(parent):
+        mine = but is not None and path.resolve() == but.resolve()
+        if _is_dead(facts) and not mine:  # unless a process holds it
+            with suppress(ConfigError):
+                folder = held(path)
+                try:
+                    if not _is_dead(folder.facts):  # it has ended, or goes on elsewhere, while others were delivered
+                        continue
+                    note = close(folder, until)
+                    lines.append(f"closed {path}, whose process had died{f' ({note})' if note else ''}")
+                finally:
+                    folder.release()
+    return lines
+
+
+def close(folder: RunFolder, until: float) -> str:
+    """Close a run whose process ends, or has ended, without a word, as KILLED; why not all was delivered, or nothing.
+
+    Args:
+        folder: of the run, held by this process.
+        until: when to give the delivery up, by the monotonic clock.
+    """
 
     def count(_: int) -> None:
         if time.monotonic() > until:
             raise TimeoutError("the rest would take longer: python -m trainer sync")
 
-    for path, facts in runs_below(parent):
-        mine = but is not None and path.resolve() == but.resolve()
-        if facts["state"] == "running" and is_of_this_host(facts) and not mine:
-            with suppress(ConfigError):
-                folder = held(path)
-                try:
-                    _close(folder)
-                    note = _deliver(folder, count).note if time.monotonic() < until else "not delivered yet"
-                    lines.append(f"closed {path}, whose process had died{f' ({note})' if note else ''}")
-                finally:
-                    folder.release()
-    return lines
+    _close(folder)
+    return _deliver(folder, count).note if time.monotonic() < until else "not delivered yet"
 
 
 def sync(folders: Iterable[Path], watch: Callable[[Path, int, int], None]) -> list[Synced]:
@@ -105,6 +118,11 @@ def _sync(path: Path, watch: Callable[[Path, int, int], None]) -> Synced:
         return _deliver(folder, count)
     finally:
         folder.release()
+
+
+def _is_dead(facts: Mapping[str, Any]) -> bool:
+    """Whether a run that nobody holds was left as one that trains, on this host."""
+    return facts["state"] == "running" and is_of_this_host(facts)
 
 
 def _close(folder: RunFolder) -> None:

@@ -276,13 +276,21 @@ class SpoolTracker(Tracker):
         finally:  # whatever became of the last words and the artifact
             self._append(END, status=status)
             self._spool.sync()
-            self.delivery.finish(self._close_seconds if error is None else min(self._close_seconds, 10.0))
-            self._spool.close()
-            for line in self.notices():
-                sys.stderr.write(f"{line}\n")
-            if error is not None and self.waiting:  # of a run that went well, its end says it
-                home = self._spool.folder.parent
-                sys.stderr.write(f"{self.waiting} entries are not delivered: python -m trainer sync {home}\n")
+            try:
+                self.delivery.finish(self._close_seconds if error is None else min(self._close_seconds, 10.0))
+            except BaseException as cut:  # a signal: nobody waits any longer
+                error = error or cut
+                raise
+            finally:
+                self._spool.close()
+                self._tell_what_is_left(well=error is None)
+
+    def _tell_what_is_left(self, *, well: bool) -> None:
+        for line in self.notices():
+            sys.stderr.write(f"{line}\n")
+        if not well and self.waiting:  # of a run that went well, its end says it
+            home = self._spool.folder.parent
+            sys.stderr.write(f"{self.waiting} entries are not delivered: python -m trainer sync {home}\n")
 
 
 def status_after(error: BaseException | None) -> str:

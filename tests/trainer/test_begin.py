@@ -16,7 +16,7 @@ from trainer.checkpoint import write_folder
 from trainer.errors import ConfigError, Interrupted, TrackingError, TrainingStopped
 from trainer.events import Seen
 from trainer.position import Position, Progress
-from trainer.runs import RUN_FILE, Identity, read_facts
+from trainer.runs import RUN_FILE, Identity, held, read_facts
 from trainer.sync import close_dead
 from trainer.tracking import reach_store
 
@@ -208,7 +208,7 @@ def test_what_a_killed_write_left_keeps_no_run_from_going_on(store: str, tmp_pat
 
 
 @pytest.mark.parametrize("moment", ["while the model is loaded", "after the run was said to go on"])
-def test_a_run_that_ends_before_anybody_tells_is_closed_by_the_next_command(
+def test_a_run_that_ends_before_there_is_a_tracker_is_closed_all_the_same(
     store: str, tmp_path: Path, moment: str
 ) -> None:
     """It was RUNNING in MLflow, or would have become so again."""
@@ -222,9 +222,26 @@ def test_a_run_that_ends_before_anybody_tells_is_closed_by_the_next_command(
             assert begun.folder is not None
             begun.folder.spool.append("again")  # as a killed process had said before
         raise KeyboardInterrupt
-    assert read_facts(home)["state"] == "running"
-    assert len(close_dead(tmp_path / "out")) == 1
     assert runs_in(store)[0].info.status == "KILLED" and read_facts(home)["state"] == "interrupted"
+    assert close_dead(tmp_path / "out") == []
+
+
+def test_a_second_signal_ends_the_closing_of_such_a_run_and_lets_go_of_it(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not delivered by then is brought by the next command that goes on, or by `sync`."""
+
+    def ended(*_: object) -> None:
+        raise SystemExit(143)
+
+    monkeypatch.setattr("trainer.sync._deliver", ended)
+    begun = begin(tmp_path / "out", identity(store), asked())
+    with pytest.raises(SystemExit), begun:
+        open_tracker(begun, reach_store(), run_name="r", close_seconds=1)
+        raise KeyboardInterrupt
+    folder = held(begun.path)
+    assert folder.facts["state"] == "interrupted"
+    folder.release()
 
 
 def test_a_run_in_which_nothing_has_begun_leaves_no_folder(store: str, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A run in a process of its own: what it is told, what its folder says, and that it ends with whoever began it."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -97,6 +99,13 @@ def test_a_child_writes_to_its_log_and_ends_with_its_status(tmp_path: Path) -> N
         child = Child(job, threads=1)
         assert child.wait(200) == 3
     assert sorted(job.log.read_text().split()) == ["err", "err", "out", "out"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    """Here, because a file is in its place."""
+    (tmp_path / "taken").touch()
+    with pytest.raises(ConfigError, match="Not a directory"):
+        Child(stand_in(tmp_path / "taken", ""), threads=1)
 
 
 def test_a_child_that_is_asked_to_end_ends_as_signals_do(tmp_path: Path) -> None:
@@ -199,6 +208,31 @@ def test_a_run_that_another_process_has_is_waited_for(tmp_path: Path, monkeypatc
     jobs = [stand_in(tmp_path, "", name) for name in "ab"]
     run_all(jobs, room_for(1, ranks=1, gpus=[], runs=2), quiet(), ended=lambda end: order.append(end.job.name))
     assert order == ["b", "a"]
+
+
+def test_it_is_waited_for_as_long_as_it_may_take_to_end_however_late_that_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then others have trained for hours; after that its process is started, and says who has the run."""
+    now = [0.0]
+    until: dict[str, float] = {"late": 1290.0, "never": math.inf}
+
+    def held(folder: Path) -> bool:
+        if folder.name != "first":
+            now[0] += 10
+        return now[0] < until.get(folder.name, 0)
+
+    def ended(end: Ended) -> None:
+        now[0] += 1000 if end.job.name == "first" else 0
+        at[end.job.name] = now[0]
+
+    at: dict[str, float] = {}
+    monkeypatch.setattr("trainer.compare.jobs.is_held", held)
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: time.sleep(0.01))
+    monkeypatch.setattr("trainer.compare.jobs.time", clock)
+    jobs = [stand_in(tmp_path, "", name) for name in ("first", "late", "never")]
+    run_all(jobs, room_for(1, ranks=1, gpus=[], runs=3), quiet(), ended=ended)
+    assert 1290 <= at["late"] < 1320 and 1300 < at["never"] < 1340
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -1,8 +1,9 @@
 """The course of a comparison with stand-ins for its runs: what is run, what is not run again, and what is told."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from trainer.compare.arms import enter, parse_arms
 from trainer.compare.asked import Asked
 from trainer.compare.children import standing
 from trainer.compare.stage import Failed
-from trainer.runs import SPOOL, read_facts
+from trainer.errors import ConfigError
+from trainer.runs import SPOOL, RunFolder, read_facts
 from trainer.spool import entries
 from trainer.tracking import reach_store
 
@@ -249,6 +251,34 @@ def test_a_halving_that_was_interrupted_after_a_decision_keeps_it(
     folder = compare(asked(**HALVING))
     assert sorted(started()[6:]) == [f"a-seed{seed} end" for seed in (17, 18, 19)]
     assert {standing(folder / "arms" / f"b-seed{seed}").state for seed in (17, 18, 19)} == {"stopped"}
+
+
+@pytest.mark.parametrize("refused", ["threads", "stopped"])
+def test_a_full_disk_is_one_message_and_the_same_command_goes_on(
+    store: str, monkeypatch: pytest.MonkeyPatch, known_lengths: None, refused: str
+) -> None:
+    """Where the comparison notes something, and where it closes the run of an arm that was ended."""
+    stand_in(monkeypatch, all=SCATTER, **WORSE)
+    write = RunFolder.write
+
+    def full(folder: RunFolder, **facts: Any) -> None:
+        if refused in (*facts, facts.get("state")):
+            raise OSError(28, "No space left on device")
+        write(folder, **facts)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "write", full)
+        with pytest.raises(ConfigError, match="No space left on device"):
+            compare(asked(**HALVING))
+    folder = compare(asked(**HALVING))
+    assert {standing(folder / "arms" / f"b-seed{seed}").state for seed in (17, 18, 19)} == {"stopped"}
+
+
+@pytest.mark.parametrize("told", [conclusion.rank, conclusion.report])
+def test_a_conclusion_that_the_disk_does_not_take_is_one_message(tmp_path: Path, told: Callable[[Any], object]) -> None:
+    """Not even its log, here."""
+    with pytest.raises(ConfigError, match="a folder that can be written"):
+        told(SimpleNamespace(path=tmp_path / "gone", run_id="r"))
 
 
 def test_an_arm_of_which_a_run_has_failed_is_not_judged(

@@ -1,5 +1,6 @@
 """Ranks as processes: what they are told, how they end together, and that whoever starts them imports no torch."""
 
+import argparse
 import gc
 import signal
 import socket
@@ -7,11 +8,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from torch.distributed import run as torchrun
 
 from trainer import collector, launch
+from trainer.config.schema import Launch
+from trainer.hosts import elastic
+from trainer.processes import to_their_end
+from trainer.runs import Identity, new_run, read_facts
 
 
 def ranks(script: str, asked: list[int] | None = None, n: int = 2) -> int:
@@ -100,6 +107,55 @@ def test_a_rank_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> 
     assert ranks(script + "time.sleep(60)") == 4
 
 
+@pytest.mark.parametrize(("seconds", "written"), [(60.0, "01"), (0.2, "0")])
+def test_ranks_that_are_asked_to_end_have_as_long_as_any_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, written: str
+) -> None:
+    """Not the half minute of ranks that may wait for one that has failed; one that has ended as asked has not."""
+    monkeypatch.setattr(launch, "_LAST_SECONDS", 0.2)
+    monkeypatch.setattr(launch, "END_SECONDS", seconds)
+    asked: list[int] = []
+    script = (
+        "signal.signal(signal.SIGTERM, lambda *_: (\n"
+        f"    time.sleep(rank), open(r'{tmp_path}/written' + str(rank), 'w'), sys.exit(143)))\n"
+        f"open(r'{tmp_path}/ready' + str(rank), 'w'); time.sleep(60)"
+    )
+
+    def ask() -> None:
+        while len([*tmp_path.glob("ready*")]) < 2:
+            time.sleep(0.05)
+        asked.append(signal.SIGTERM)
+
+    threading.Thread(target=ask, daemon=True).start()
+    ranks(script, asked)
+    assert sorted(path.name for path in tmp_path.glob("written*")) == [f"written{rank}" for rank in written]
+
+
+def test_ranks_that_torch_starts_have_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that may be started again, or lie on several hosts."""
+    given: list[argparse.Namespace] = []
+    monkeypatch.setattr(torchrun, "run", given.append)
+    asked = Launch(nproc=2, restarts=1)
+    elastic.start(asked, elastic.hosts_of(asked), [])
+    assert [one.shutdown_timeout for one in given] == [300]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            "NCCL error in: x.cpp:81\nncclSystemError: it failed\nLast error:\nno room\n",
+            "NCCL error in: x.cpp:81 ... no room",
+        ),
+        ("closed by peer\nException raised from recv at s.cpp:9 (most recent call first):\nframe #0", "closed by peer"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_an_error_of_many_lines_is_told_by_its_first_and_its_last(error: str, told: str) -> None:
+    """NCCL says last what was wrong; torch's frames say nothing to users."""
+    assert launch.told_of_another(RuntimeError(error)).endswith(f": another rank does not answer: {told}")
+
+
 def test_whoever_starts_ranks_imports_no_torch() -> None:
     """Where there can be no GPU to count: its ranks wait for it."""
     script = (
@@ -121,3 +177,17 @@ def test_the_collector_rests_while_libraries_are_imported_and_works_afterwards()
         raise ImportError
     assert gc.isenabled() and gc.get_freeze_count() > before
     gc.unfreeze()
+
+
+def test_after_ctrl_c_a_run_whose_ranks_had_to_be_killed_is_closed(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after any other end; it goes on to end the launcher."""
+    folder = new_run(Path("output"), Identity("r", {}, store))
+    folder.release()
+
+    def start(nproc: int, arguments: Sequence[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        to_their_end(Launch(nproc=2), [], Path("output"))
+    assert read_facts(folder.path)["state"] == "interrupted"

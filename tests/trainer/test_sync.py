@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,27 @@ def test_a_training_closes_the_dead_runs_beside_it_but_not_itself(store: str, tm
     assert (only_run(store).info.run_name, only_run(store).info.status) == ("dead", "KILLED")
     assert own.spool.last == len(list(own.spool.read())) == 10
     own.release()
+
+
+def test_a_run_that_ends_while_another_is_closed_stays_as_it_has_ended(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts is what its folder says once it is held, not what it said before the first was delivered."""
+    living, dead = (left(AWAY, end=None, name=name) for name in ("living", "dead"))
+
+    def deliver(folder: RunFolder, count: Callable[[int], None]) -> sync_module.Synced:
+        ending = held(living)  # the newest comes first
+        ending.spool.append("end", status="FINISHED")
+        ending.write(state="over")
+        ending.release()
+        return sync_module.Synced(folder.path, "", 0, 0, "")
+
+    monkeypatch.setattr(sync_module, "_deliver", deliver)
+    assert close_dead(OUTPUT) == [f"closed {dead}, whose process had died"]
+    folder = held(living)
+    assert folder.facts["state"] == "over"
+    assert [entry.body for entry in folder.spool.read() if entry.kind == "end"] == [{"status": "FINISHED"}]
+    folder.release()
 
 
 def test_a_training_does_not_wait_long_for_the_runs_of_others(store: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,6 +280,26 @@ def test_a_run_that_did_not_end_well_says_how_to_bring_the_rest(
     assert f"1 entries are not delivered: python -m trainer sync {tmp_path}/output/run" in capsys.readouterr().err
 
 
+def test_ctrl_c_while_the_rest_is_delivered_leaves_nothing_unsaid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor a thread that goes on to write in a spool which another process may have by then."""
+    spool = Spool(tmp_path / "output" / "run" / "spool")
+    run = tracker(spool)
+
+    def interrupted(seconds: float) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.delivery._done, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt), run:
+        pass
+    said = capsys.readouterr().err
+    assert f"1 entries are not delivered: python -m trainer sync {tmp_path}/output/run" in said
+    assert spool._handle is None
+    run.delivery._thread.join(60)
+    assert not run.delivery._thread.is_alive()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 128 KiB."""

@@ -11,12 +11,10 @@ from functools import cached_property
 from pathlib import Path
 
 from trainer import launch, names
-from trainer.runs import SPOOL, Busy, held, runs_below
+from trainer.runs import SPOOL, Busy, disk, held, runs_below
 from trainer.signals import STARTED_BY
 from trainer.spool import AGAIN, entries, position_of
 
-END_SECONDS = 300.0
-"""What a run has to finish its step and write a resume point, once it was asked to end: gigabytes, of a large model."""
 _OF_A_RANK = frozenset(
     ("MLFLOW_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
      "MASTER_PORT", "JOB_COMPLETION_INDEX", launch.ROUND, launch.STATUSES)
@@ -63,12 +61,14 @@ class Child:
             gpus: as `launch.gpus` has it; None: what the job says.
 
         Raises:
-            OSError: the folder or the log cannot be written.
+            ConfigError: the folder or the log cannot be written.
         """
         self.job = job
-        job.folder.mkdir(parents=True, exist_ok=True)
+        with disk(job.folder):
+            job.folder.mkdir(parents=True, exist_ok=True)
+            log = job.log.open("ab")
         of_gpus = ["--launch.gpus", gpus] if gpus is not None else []
-        with job.log.open("ab") as log:
+        with log:
             self._process = subprocess.Popen(
                 [sys.executable, *job.command, *of_gpus],
                 env=environment(job, threads), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,

@@ -9,7 +9,7 @@ from typing import IO
 
 from trainer import names
 from trainer.compare.parent import Parent
-from trainer.runs import SPOOL
+from trainer.runs import SPOOL, disk
 from trainer.spool import entries, position_of
 
 REPORT, RANKING, LOG = "report", "ranking.txt", "report.log"
@@ -21,19 +21,32 @@ def where(parent: str) -> str:
 
 
 def rank(of: Parent) -> str:
-    """The ranking of what has come to its end, as a table for a terminal; empty where there is none, see the log."""
-    with (of.path / LOG).open("w", encoding="utf-8") as log:
+    """The ranking of what has come to its end, as a table for a terminal; empty where there is none, see the log.
+
+    Raises:
+        ConfigError: the disk does not take it.
+    """
+    with disk(of.path):
+        log = (of.path / LOG).open("w", encoding="utf-8")
+    with log:
         done = _analysis("rank", of.run_id, out=subprocess.PIPE, errors=log)
     if done.returncode:
         return ""
-    (of.path / RANKING).write_text(done.stdout, encoding="utf-8")
+    with disk(of.path):
+        (of.path / RANKING).write_text(done.stdout, encoding="utf-8")
     of.tracker.file(of.path / RANKING)
     return done.stdout
 
 
 def report(of: Parent) -> bool:
-    """Write the report with its figures beside the runs, and as artifacts of the parent; whether that could be done."""
-    with (of.path / LOG).open("a", encoding="utf-8") as log:
+    """Write the report with its figures beside the runs, and as artifacts of the parent; whether that could be done.
+
+    Raises:
+        ConfigError: the disk takes no log.
+    """
+    with disk(of.path):
+        log = (of.path / LOG).open("a", encoding="utf-8")
+    with log:
         return _analysis("report", of.run_id, "--out", str(of.path / REPORT), out=log, errors=log).returncode == 0
 
 

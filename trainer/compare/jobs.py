@@ -13,15 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from trainer import launch
-from trainer.compare.children import END_SECONDS, Child, Job, Standing, is_held, standing
+from trainer.compare.children import Child, Job, Standing, is_held, standing
 from trainer.errors import ConfigError
 
 MOST_ON_CORES = 8
 """Each holds a whole model in memory."""
 _LOOK_SECONDS, _SHOW_SECONDS = 0.1, 2.0
 """Between two looks at whether a process has ended, and at how far its run has come."""
-_HELD_SECONDS = 60.0
-"""How long a run is waited for that another process has: one that was told to end, and is at it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,14 +166,22 @@ def run_all(
     Returns:
         All of them, in the order in which they have ended.
     """
-    waiting, since, done = deque(jobs), time.monotonic(), list[Ended]()
+    waiting, done = deque(jobs), list[Ended]()
     running: dict[int, Child] = {}
+    held_since: dict[Path, float] = {}
     shown = 0.0
+
+    def may_begin(job: Job) -> bool:
+        """Whether no other process has its run, one that was told to end say, or has it still after all that time."""
+        if not is_held(job.folder):
+            return True
+        since = held_since.setdefault(job.folder, time.monotonic())
+        return time.monotonic() - since > launch.END_SECONDS  # then the run itself says who has it
+
     try:
         while waiting or running:
             for slot in set(range(room.jobs)) - set(running):
-                late = time.monotonic() - since > _HELD_SECONDS  # then the run itself says who has it
-                if job := next((job for job in waiting if late or not is_held(job.folder)), None):
+                if job := next(filter(may_begin, waiting), None):
                     waiting.remove(job)
                     running[slot] = Child(job, threads=room.threads, gpus=room.gpus[slot])
                     board.started(job)
@@ -200,7 +206,7 @@ def end_all(children: Sequence[Child]) -> None:
     try:
         for child in children:
             child.ask_to_end()
-        until = time.monotonic() + END_SECONDS
+        until = time.monotonic() + launch.END_SECONDS
         for child in children:
             child.wait(max(0.0, until - time.monotonic()))
     finally:

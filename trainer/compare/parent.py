@@ -11,7 +11,7 @@ from trainer.addresses import Store
 from trainer.begin import Begun, open_tracker
 from trainer.errors import TrackingError
 from trainer.redact import of_environment
-from trainer.runs import Identity, RunFolder, held_when_free, new_run, one_at_a_time, runs_below, taken_again
+from trainer.runs import Identity, RunFolder, disk, held_when_free, new_run, one_at_a_time, runs_below, taken_again
 from trainer.tracker import SpoolTracker
 
 NAME = "comparison"
@@ -42,8 +42,13 @@ class Parent:
         return self.folder.facts.get(what)
 
     def note(self, **found: Any) -> None:
-        """Write something down that a later process must not find out again."""
-        self.folder.write(**found)
+        """Write something down that a later process must not find out again.
+
+        Raises:
+            ConfigError: the disk does not take it.
+        """
+        with disk(self.path):
+            self.folder.write(**found)
 
 
 def finished(output_dir: Path, asked: Mapping[str, str], store: Store) -> tuple[Path, str] | None:
@@ -89,7 +94,8 @@ def opened(output_dir: Path, asked: Mapping[str, str], store: Store, *, title: s
     begun = Begun(folder.path, None, folder=folder, resumed=found is not None)
     with begun:
         if found:
-            taken_again(folder)
+            with disk(folder.path):
+                taken_again(folder)
         tracker = open_tracker(begun, store, run_name=title[:200], close_seconds=_CLOSE_SECONDS)
         with tracker:
             if not tracker.run_id:
@@ -97,11 +103,12 @@ def opened(output_dir: Path, asked: Mapping[str, str], store: Store, *, title: s
                     f"MLFLOW_TRACKING_URI ({store.name})", store.away, "a store that answers when a comparison begins",
                     "start it, and give the same command again; once begun, runs train through an outage",
                 )  # fmt: skip
-            folder.write(mlflow_run=tracker.run_id)
+            of = Parent(folder, tracker)
+            of.note(mlflow_run=tracker.run_id)
             if not found:
                 tracker.tags({names.TAG_ROLE: names.PARENT})
                 tracker.params({key: value for key, value in asked.items() if value})
-            yield Parent(folder, tracker)
+            yield of
 
 
 def join(run_id: str, store: Store) -> None:

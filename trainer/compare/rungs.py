@@ -17,7 +17,7 @@ from trainer.compare.jobs import Ended
 from trainer.compare.parent import Parent
 from trainer.compare.stage import HALVING_LINES, Jobs, is_over, missing, run_stage
 from trainer.halving import Rule, decide, rung_loss
-from trainer.runs import Busy, held
+from trainer.runs import Busy, disk, held
 
 COURSE, RUNGS = "halving_course", "halving_rungs"
 """What a comparison knows of its halving: where its rungs are, and what was decided at each."""
@@ -132,9 +132,12 @@ def _end_stopped(jobs: Jobs, of: Parent) -> None:
                     continue
                 step = f"step {now.evaluations[-1].step}" if now.evaluations else ""
                 said = f"{why[arm]} at {rung['samples']} samples"
-                folder.spool.append("tags", values={names.TAG_HALVING: said, names.TAG_STOPPED_EARLY: step})
-                folder.write(state="stopped")
-                folder.release()
+                try:
+                    with disk(now.path):
+                        folder.spool.append("tags", values={names.TAG_HALVING: said, names.TAG_STOPPED_EARLY: step})
+                        folder.write(state="stopped")
+                finally:
+                    folder.release()
 
 
 def _publish(jobs: Jobs, asked: Asked, of: Parent) -> None:

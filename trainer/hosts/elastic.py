@@ -100,6 +100,7 @@ def _run(config: Launch, hosts: Hosts, arguments: Sequence[str], meeting: Meetin
     options = [f"--nnodes={len(hosts.all)}", f"--nproc-per-node={hosts.slots}", f"--max-restarts={config.restarts}"]
     options += [f"--rdzv-backend={BACKEND}", f"--rdzv-endpoint={hosts.first}:{config.port}", "--rdzv-id=trainer"]
     options += [f"--signals-to-handle={','.join(s.name for s in launch.heeded_signals())}", f"--log-dir={folder}/log"]
+    options.append(f"--shutdown-timeout={launch.END_SECONDS:.0f}")  # where this process is asked; torch's own is 30 s
     asked = torchrun.get_args_parser().parse_args([*options, "-m", "trainer", *arguments])
     failed = ""
     try:
