@@ -16,6 +16,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 PACKED_SDPA = "packed_sdpa"
+GPU_ONLY = ("flash_attention_2", "flex_attention")
+"""Implementations without a backward pass on a CPU."""
 
 
 def attention_implementation(asked: str, dtype: torch.dtype) -> str:
@@ -23,7 +25,7 @@ def attention_implementation(asked: str, dtype: torch.dtype) -> str:
 
     Args:
         asked: a name of transformers' own, or `auto`: varlen flash-attention for a bf16 base on a GPU that has it (it
-            computes in no wider format), else SDPA. Without any GPU flash-attention is SDPA too: same result.
+            computes in no wider format), else SDPA. Without any GPU those that need one are SDPA too: same result.
         dtype: of the base's weights.
     """
     if asked != "auto":
@@ -33,8 +35,8 @@ def attention_implementation(asked: str, dtype: torch.dtype) -> str:
 
 
 def needs_missing_gpu(asked: str) -> bool:
-    """Whether an implementation runs on GPUs only, and this machine has none."""
-    return asked == "flash_attention_2" and not torch.cuda.is_available()
+    """Whether an implementation trains on GPUs only, and this machine has none."""
+    return asked in GPU_ONLY and not torch.cuda.is_available()
 
 
 def segment_lengths(places: Tensor) -> list[int]:

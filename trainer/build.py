@@ -20,6 +20,7 @@ from trainer.datasets import (
     mix_from,
     read_data,
     unknown_mark,
+    unused_taxonomy,
 )
 from trainer.engines import computes_in_bf16, zero_from
 from trainer.fused.choice import ForwardPass, choose
@@ -65,7 +66,7 @@ def prepare(resolved: Resolved) -> Prepared:
     zero, of_zero = zero_from(resolved)
     plan, of_plan = plan_from(resolved, shapes := parameter_shapes(config.model.model))
     data = read_data(config)
-    no_effect = (*of_zero, *of_plan, *stand_ins(resolved), *unknown_mark(config, data))
+    no_effect = (*of_zero, *of_plan, *stand_ins(resolved), *unknown_mark(config, data), *unused_taxonomy(config))
     tools = load_tools(config.model.model)
     encoder = make_encoder(config, tools, data.taxonomy)
     data = check_lengths(config, data, encoder)

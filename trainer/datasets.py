@@ -179,6 +179,13 @@ def unknown_mark(config: Config, data: Data) -> tuple[str, ...]:
     )
 
 
+def unused_taxonomy(config: Config) -> tuple[str, ...]:
+    """A line where a taxonomy is given that the prompts do not quote."""
+    if config.custom.taxonomy is None or config.prompts.scheme != "A":
+        return ()
+    return ("custom.taxonomy: prompts.scheme A does not quote it, B does",)
+
+
 def make_encoder(config: Config, tools: Tools, taxonomy: Taxonomy | None) -> Encoder:
     """What turns records into samples."""
     return Encoder(

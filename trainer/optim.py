@@ -28,16 +28,16 @@ class Schedule:
     def rate(self, part: str, step: int, start: int = 0) -> float:
         """Learning rate of optimizer step `step`, counted from 1, of what trains since `start` steps were done.
 
-        peak * step / warm-up while warming up (never 0), then floor + (peak - floor) * (1 + cos(pi * t)) / 2 with t the
-        fraction of the remaining steps that is done (Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts).
-        What begins later has that rate times (step - start) / warm-up of its own while it warms up.
+        peak * step / warm-up while warming up (never 0; the first step has the peak where there is no warm-up), then
+        floor + (peak - floor) * (1 + cos(pi * t)) / 2 with t the fraction of the remaining steps that is done
+        (Loshchilov & Hutter 2017, arXiv:1608.03983). What begins later has that rate times (step - start) / own warm-up.
         """
         if start and step - start < (own := self.warmup_of(start)):
             return self.rate(part, step) * ((step - start) / own)
         peak = self.peaks[part]
         if step <= self.warmup_steps:
             return peak * (step / self.warmup_steps)
-        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        done = (step - max(1, self.warmup_steps)) / max(1, self.total_steps - max(1, self.warmup_steps))
         return self.floor + (peak - self.floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 

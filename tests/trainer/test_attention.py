@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import PAD_ID, tiny_model, tiny_samples
-from trainer.attention import PACKED_SDPA, attention_implementation, segment_lengths
+from trainer.attention import GPU_ONLY, PACKED_SDPA, attention_implementation, segment_lengths
 from trainer.data.loader import collate
 from trainer.data.template import Sample
 from trainer.model import load_model, load_tools
@@ -95,3 +95,5 @@ def test_auto_needs_no_gpu() -> None:
     assert attention_implementation("auto", torch.float32) == "sdpa"
     assert attention_implementation("auto", torch.bfloat16) in ("sdpa", "flash_attention_2")
     assert attention_implementation("eager", torch.bfloat16) == "eager"
+    if not torch.cuda.is_available():
+        assert {attention_implementation(asked, torch.bfloat16) for asked in GPU_ONLY} == {"sdpa"}

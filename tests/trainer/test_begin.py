@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from tests.running import runs_in
@@ -224,6 +225,22 @@ def test_a_run_that_ends_before_there_is_a_tracker_is_closed_all_the_same(
         raise KeyboardInterrupt
     assert runs_in(store)[0].info.status == "KILLED" and read_facts(home)["state"] == "interrupted"
     assert close_dead(tmp_path / "out") == []
+
+
+def test_on_a_gpu_rows_that_come_again_need_not_be_the_same_to_the_bit(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums are made in no fixed order there: what was logged stays, a line says so, and nothing stops."""
+    home = interrupt(begin(tmp_path / "out", identity(store), asked()))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    begun = begin(tmp_path / "out", identity(store), asked())
+    assert begun.path == home and any("numbers agree to rounding" in line for line in begun.lines)
+    with begun, open_tracker(begun, reach_store(), run_name="r", close_seconds=20) as tracker:
+        for step in (1, 2):
+            tracker.metrics({names.TRAIN_LOSS: step / 3 + 1e-6}, step)
+    (run,) = runs_in(store)
+    history = MlflowClient(store).get_metric_history(run.info.run_id, names.TRAIN_LOSS)
+    assert [(m.step, m.value) for m in history] == [(1, 1 / 3), (2, 2 / 3)]
 
 
 def test_a_second_signal_ends_the_closing_of_such_a_run_and_lets_go_of_it(

@@ -28,6 +28,7 @@ from trainer.datasets import (
     spread,
     to_caption,
     unknown_mark,
+    unused_taxonomy,
 )
 from trainer.errors import DataError
 from trainer.events import EVAL, EXCHANGED
@@ -47,6 +48,15 @@ def test_a_subset_is_spread_over_the_file(count: int | None, expected: list[str]
     """Of ten records, so that a file sorted by domain gives of each; null and too many give all."""
     chosen = [record.id for record in spread(records(10), count)]
     assert chosen == (expected if isinstance(expected, list) else [f"r{i}" for i in range(10)])
+
+
+@pytest.mark.parametrize(("scheme", "lines"), [("A", 1), ("B", 0)])
+def test_a_taxonomy_that_is_not_quoted_is_told(scheme: str, lines: int, tmp_path: Path) -> None:
+    """Scheme A has no place for it."""
+    (tmp_path / "t.yaml").write_text("types: [car]\n")
+    changes = {"custom.taxonomy": str(tmp_path / "t.yaml"), "prompts.scheme": scheme}
+    config = load("last6_lora", overrides=changes).config
+    assert len(unused_taxonomy(config)) == lines
 
 
 @pytest.mark.parametrize("capacity", [None, 30])

@@ -39,6 +39,7 @@ def test_edges_of_warm_up(warmup: int, total: int) -> None:
     schedule = Schedule({"llm": 1e-4}, 1e-6, warmup, total)
     rates = [schedule.rate("llm", step) for step in range(1, total + 1)]
     assert all(0 < rate <= 1e-4 for rate in rates)
+    assert max(rates) == 1e-4 and (total == 1 or total == warmup or rates[-1] == 1e-6)
 
 
 @pytest.mark.parametrize("arm", ARMS)

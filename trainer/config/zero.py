@@ -56,11 +56,12 @@ def zero_settings(value: str, where: str) -> tuple[dict[str, Any], tuple[str, ..
             "set the stage to 2, or use deepspeed.config: zero2",
         )
     for key in ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param"):
-        device = zero.get(key, {}).get("device", "none") if isinstance(zero.get(key, {}), dict) else zero[key]
-        if device not in ("none", None):
+        of_device = isinstance(zero.get(key, {}), dict)
+        device = zero.get(key, {}).get("device", "none") if of_device else zero[key]
+        if device not in ("none", None, False):
             raise ConfigError(
                 where,
-                f"{value}: zero_optimization.{key}.device {shown(device)}",
+                f"{value}: zero_optimization.{key}{'.device' if of_device else ''} {shown(device)}",
                 "none (optimizer state stays where the weights are)",
                 "take it out",
             )

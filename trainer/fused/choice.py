@@ -15,6 +15,8 @@ from trainer.gradient_checkpointing import checkpoint_layers
 from trainer.model import SupervisedLoss
 from trainer.strategy import ParameterPlan, Part
 
+_FLASH_CAPABILITY = (8, 0)
+"""Of GPUs that torch's flash-attention runs on: Ampere and newer."""
 _OWN_ATTENTION = ("auto", "sdpa")
 _LAYERS = ("model.language_model.layers.", "model.language_model.norm.", "model.visual.blocks.")
 _ALIGNER = ("model.visual.merger.", "model.visual.deepstack_merger_list.")
@@ -67,6 +69,8 @@ def choose(plan: ParameterPlan, *, asked: bool, attn_impl: str, weights: str, bf
         why = f"training.bf16 is true, and weights are {weights}"
     elif torch.cuda.is_available() and not bf16:
         why = "on a GPU flash-attention computes in bfloat16, and training.bf16 is false"
+    elif torch.cuda.is_available() and (found := torch.cuda.get_device_capability()) < _FLASH_CAPABILITY:
+        why = f"flash-attention needs a GPU of compute capability 8.0, and this one has {found[0]}.{found[1]}"
     if why:
         return ForwardPass(fused=False, line=f"transformers' own, since {why}")
     return ForwardPass(fused=True, line=f"fused, {_parts(bf16=bf16)}", keep=keep)

@@ -111,9 +111,10 @@ class VisionTower:
         return torch.autocast(device.type, torch.bfloat16, enabled=self._dtype is torch.bfloat16)
 
     def _store_name(self) -> str:
-        """Other weights, places or formats are other rows."""
+        """Other weights, places, formats or devices are other rows."""
         visual = self._visual
         parts = (visual.patch_embed, visual.pos_embed, *map(live, visual.blocks[: self._frozen]))
         # adapters that are switched off change no row
         digest = content_digest(p for part in parts for n, p in part.named_parameters() if ".lora_" not in n)
-        return f"{digest}-{'-'.join(map(str, self._places))}-{str(self._dtype).removeprefix('torch.')}"
+        made_by = next(visual.parameters()).device.type
+        return f"{digest}-{'-'.join(map(str, self._places))}-{str(self._dtype).removeprefix('torch.')}-{made_by}"

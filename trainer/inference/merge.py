@@ -23,7 +23,7 @@ _SHARD = "5GB"
 _PREFIX = "base_model.model."
 """What PEFT puts before the base's name of a tensor."""
 _TOOLS = ("*token*", "vocab*", "merges*", "chat_template*", "*preprocessor_config.json", "generation_config.json")
-_HEAD = "lm_head.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +83,15 @@ def check_merged(folder: Path, base: Iterator[tuple[str, Tensor]], checkpoint: P
     config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
     scale = config["lora_alpha"] / config["r"]
     counts = dict.fromkeys(("untouched", "copied", "added"), 0)
+    embedding, head = None, written.get(_HEAD)
     for name, weight in base:
         stem, full = name.removesuffix(".weight"), adapter.pop(_PREFIX + name, None)
         a, b = (adapter.pop(f"{_PREFIX}{stem}.lora_{each}.weight", None) for each in "AB")
         found = written.pop(name, None)
         if found is None and name == _HEAD:
             continue  # tied to the embedding, and not written twice
+        if name == _EMBEDDING:
+            embedding = weight
         kind = "copied" if full is not None else "added" if a is not None else "untouched"
         wanted = weight.float() if full is None else full.float()
         if a is not None and b is not None:
@@ -96,6 +99,8 @@ def check_merged(folder: Path, base: Iterator[tuple[str, Tensor]], checkpoint: P
         if found is None or found.dtype != dtype or not _same(found, wanted.to(dtype), exact=kind != "added"):
             raise _wrong(folder, name, "not there" if found is None else f"not what {kind} tensors have to be")
         counts[kind] += 1
+    if head is not None and embedding is not None and _same(head, embedding.to(dtype), exact=True):
+        written.pop(_HEAD, None)  # tied in the base, whose embedding was trained alone: the head stayed as it was
     if left := [*written, *adapter]:
         raise _wrong(folder, left[0], f"not of base and adapter, nor are {len(left) - 1} more")
     return Merged(**counts)

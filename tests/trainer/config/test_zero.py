@@ -41,6 +41,15 @@ def test_a_name_is_a_stage() -> None:
     assert zero_settings("zero1", "x")[0]["zero_optimization"]["stage"] == 1
 
 
+@pytest.mark.parametrize(
+    "off", [{"cpu_offload": False}, {"offload_param": None}, {"offload_param": {"device": "none"}}]
+)
+def test_no_offload_may_be_written_in_any_way(off: dict[str, Any], tmp_path: Path) -> None:
+    """As older files and those of other programs do."""
+    settings, _ = zero_settings(written(tmp_path, {"zero_optimization": {"stage": 2, **off}}), "x")
+    assert settings["zero_optimization"] == {"stage": 2, **off}
+
+
 def test_a_usual_file_is_taken_without_a_word_and_auto_is_ours(tmp_path: Path) -> None:
     """Batch, precision, clipping are this project's; the rest is DeepSpeed's; `auto` inside goes to our defaults."""
     settings, ignored = zero_settings(written(tmp_path, USUAL), "x")

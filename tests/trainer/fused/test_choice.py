@@ -33,6 +33,7 @@ def chosen(plan: ParameterPlan, **changes: Any) -> ForwardPass:
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
 
 @pytest.mark.parametrize("attention", ["auto", "sdpa"])
@@ -78,6 +79,8 @@ def test_on_a_gpu_it_computes_in_bfloat16_or_not_at_all(plan: ParameterPlan, mon
     on_a_gpu(monkeypatch)
     assert not chosen(plan).fused and "flash-attention computes in bfloat16" in chosen(plan).line
     assert chosen(plan, **BF16).line == "fused, flash-attention over the samples of a pack"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert not chosen(plan, **BF16).fused and "this one has 7.5" in chosen(plan, **BF16).line
 
 
 @pytest.mark.parametrize("onednn", [True, False], ids=["oneDNN", "MKL"])

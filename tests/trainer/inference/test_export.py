@@ -114,6 +114,18 @@ def test_a_tensor_that_is_missing_or_too_many_is_found(checkpoint: Path, merged:
         check_merged(tmp_path, iter(base.items()), checkpoint, dtype=torch.float32)
 
 
+def test_a_head_that_was_tied_in_the_base_may_be_written_as_it_was(
+    checkpoint: Path, merged: Path, tmp_path: Path
+) -> None:
+    """Where the embedding is trained, PEFT unties them: the head keeps the base's matrix, and no other one."""
+    tensors, head = load_file(merged / "model.safetensors"), base_tensors()["model.language_model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": head.clone()}, tmp_path / "model.safetensors")
+    check_merged(tmp_path, iter(base_tensors().items()), checkpoint, dtype=torch.float32)
+    save_file({**tensors, "lm_head.weight": head + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="lm_head"):
+        check_merged(tmp_path, iter(base_tensors().items()), checkpoint, dtype=torch.float32)
+
+
 def test_the_card_says_what_it_is(merged: Path, checkpoint: Path) -> None:
     """Fields that the hub reads, figures of this checkpoint, digests, licenses."""
     text, recipe = (merged / CARD).read_text(), recipe_of(checkpoint)
