@@ -30,7 +30,7 @@ class Schedule:
 
         peak * step / warm-up while warming up (never 0; the first step has the peak where there is no warm-up), then
         floor + (peak - floor) * (1 + cos(pi * t)) / 2 with t the fraction of the remaining steps that is done
-        (Loshchilov & Hutter 2017, arXiv:1608.03983). What begins later has that rate times (step - start) / own warm-up.
+        (Loshchilov & Hutter 2017, arXiv:1608.03983). What begins later has it times (step - start) / its own warm-up.
         """
         if start and step - start < (own := self.warmup_of(start)):
             return self.rate(part, step) * ((step - start) / own)
