@@ -66,7 +66,8 @@ def _entry(tree: Any, place: str, folder: Path, findings: Findings) -> Entry | N
         else:
             if names[index].from_text:
                 findings.changed.add("object", "described by the text beside its box, for want of a <ref-object>", here)
-    return Entry(place, paths, tuple(found), fractions=fractions)
+    # ms-swift decodes with Pillow and leaves the EXIF orientation alone
+    return Entry(place, paths, tuple(found), fractions=fractions, as_stored=True)
 
 
 class _NotReadableError(Exception):
