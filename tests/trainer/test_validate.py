@@ -178,6 +178,15 @@ def test_summaries_that_are_to_be_trained_must_be_there(check: Callable[..., Val
     assert "has a summary" in error.got
 
 
+def test_weights_that_draw_nothing_in_the_first_epoch_are_an_error(check: Callable[..., Validation]) -> None:
+    """Training refuses them too; there is no first epoch to count then."""
+    found = check(changed(lambda sets: [each.update(weight=0.01) for each in sets["train"]]))
+    (error,) = found.errors
+    assert "no sample in the first epoch: 3 records with weights of 0.03 in all" in str(error)
+    assert found.epoch is None and "first epoch:" not in table(found)
+    assert as_tree(found)["first_epoch"] is None
+
+
 def test_a_summary_that_makes_its_sample_too_long_is_found(check: Callable[..., Validation]) -> None:
     """Where a record can be drawn with it; training would refuse it."""
     long = {"train": [record("a.png", box("汽车/red"), summary="two cars " * 2000)], "val": SOUND["val"]}
