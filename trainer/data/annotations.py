@@ -8,12 +8,14 @@ from typing import Any, Literal
 
 from trainer.data.geometry import Geometry, Size, bounding_box, count_problem
 from trainer.data.images import SIDEWAYS
-from trainer.data.records import MAX_OBJECTS, text_problem
+from trainer.data.records import MAX_IMAGES, MAX_OBJECTS, text_problem
 
 What = Literal["record", "object"]
 Watch = Callable[[list[Any]], Iterable[Any]]
 """Hands out a list one by one, and may show how far that has come."""
 
+_LONGEST_NAME = 300  # letters of a path that are shown
+_DIGITS = 10
 _EXAMPLES = 3  # places that are kept for each reason
 _DECIMALS = 3  # of a pixel: x + width, or a fraction times the size, must not bring the noise of float sums
 _TOO_LARGE = 1e9  # pixels
@@ -146,18 +148,29 @@ def _images_problem(entry: Entry, found: list[tuple[Size, int] | str]) -> tuple[
     """The reason why images cannot be used, with the place."""
     if len(entry.annotations) > MAX_OBJECTS:
         return f"it has more than {MAX_OBJECTS:,} objects", f"{entry.id}: {len(entry.annotations):,}"
+    if len(entry.images) > MAX_IMAGES:
+        return f"it has more than {MAX_IMAGES:,} images", f"{entry.id}: {len(entry.images):,}"
     for path, image in zip(entry.images, found, strict=True):
-        if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
-            return "its image has a name that is no text", f"{entry.id}: {path}"
+        name = str(path)
+        shown = name if len(name) <= _LONGEST_NAME else "..." + name[-_LONGEST_NAME:]
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            return "its image has a name that is no text", f"{entry.id}: {shown}"
         if isinstance(image, str):
-            return "its image cannot be read", f"{entry.id}: {path}: {image}"
+            return "its image cannot be read", f"{entry.id}: {shown}: {image}"
         size, _ = image
-        said = (size[0] if entry.width is None else entry.width, size[1] if entry.height is None else entry.height)
+        said = tuple(
+            own if side is None else _number(side) for own, side in zip(size, (entry.width, entry.height), strict=True)
+        )
         if said != size:
             # Shapes were drawn on an image of the said size. Where EXIF turns it, they may lie either way round.
             place = f"{entry.id}: {size[0]}x{size[1]} (EXIF orientation applied), said to be {said[0]}x{said[1]}"
             return "its image is of another size than the source says", place
     return None
+
+
+def _number(side: Any) -> Any:
+    """A width or height that is a number, or one written as a text; else as it is."""
+    return int(side) if isinstance(side, str) and side.isdecimal() and len(side) < _DIGITS else side
 
 
 def _fit_annotation(
