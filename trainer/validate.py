@@ -98,7 +98,7 @@ def validate(resolved: Resolved, console: Console | None = None) -> Validation:
         measured = {name: each.measured for name, each in sets.items()}
         with _told(progress, "compare images"):
             paths = {p.path for of_set in measured.values() for each in of_set for p in each.record.images}
-            subject = Subject(measured, encoder, equal_files(paths))
+            subject = Subject(measured, encoder, equal_files(paths), config.custom.summary_ratio)
         with _told(progress, "look for what is suspicious"):
             noticed = suspicions(subject)
         with _told(progress, "pack"):
@@ -138,7 +138,7 @@ def _read(
 def _measured(
     path: Path, reading: Reading, records: Iterable[Record], encoder: Encoder, summary_ratio: float
 ) -> CheckedSet:
-    """Hold sound records against the model's limits, with every answer that they can be drawn with."""
+    """Hold sound records against the model's limits with every answer that they can be drawn with; keep the longest."""
     faults, fitting, measured = dict(reading.faults), [], []
     for record in records:
         tasks = possible(record, summary_ratio)
@@ -147,7 +147,8 @@ def _measured(
         else:
             fitting.append(record)
         if not encoder.image_problem(record):
-            measured.append(Measured(record, encoder.token_counts(record)))
+            counts = map(encoder.token_counts, tasks)
+            measured.append(Measured(record, max(counts, key=lambda tokens: tokens.whole)))
     return CheckedSet(path, reading.n_records, faults, tuple(fitting), tuple(measured), reading.unread)
 
 

@@ -195,6 +195,20 @@ def test_a_summary_that_makes_its_sample_too_long_is_found(check: Callable[..., 
     assert "train.jsonl:1" in str(error)
 
 
+def test_lengths_are_those_of_the_longest_answer_that_can_be_drawn(check: Callable[..., Validation]) -> None:
+    """A summary counts where one is drawn, in the numbers and in the warning of what is cut."""
+    long = changed(lambda sets: sets["train"][0].update(summary="two cars " * 2000))
+    cut = {"template__truncation_strategy": "right"}
+    found = check(long, **cut)
+    assert (found.statistics["train"].too_long, found.warnings) == (0, ())
+    found = check(long, **cut, custom__summary_ratio="0.5")
+    (warning,) = [each for each in found.warnings if each.check == "cut_answers"]
+    (place,) = warning.places
+    tokens = found.statistics["train"].spreads["tokens"]
+    assert found.statistics["train"].too_long == 1 and tokens is not None
+    assert place == f"train.jsonl:1: {tokens.max} tokens; the summary is cut"
+
+
 # --- what is suspicious -------------------------------------------------------------------------------------------
 
 
