@@ -18,7 +18,7 @@ from rich.text import Text
 from trainer.data.annotations import Entry, Findings, fit
 from trainer.data.coco import read_coco
 from trainer.data.geometry import Size
-from trainer.data.images import image_sizes, outside
+from trainer.data.images import looked_at, outside
 from trainer.data.records import domain_problem, read_records
 from trainer.data.swift import read_swift
 from trainer.errors import DataError
@@ -200,12 +200,12 @@ def _begins_like_swift(data: bytes) -> bool:
 
 def _write(entries: Iterator[Entry], file: TextIO, done: Conversion, domain: str | None) -> None:
     """Fit entries to their images and write a line for each record."""
-    sizes: dict[Path, Size | str] = {}
+    images: dict[Path, tuple[Size, int] | str] = {}
     written: set[Path] = set()
     while chunk := list(islice(entries, _AT_ONCE)):
-        sizes |= image_sizes({path for entry in chunk for path in entry.images} - sizes.keys())
+        images |= looked_at({path for entry in chunk for path in entry.images} - images.keys())
         for entry in chunk:
-            for size, objects in fit(entry, sizes, done.findings):
+            for size, objects in fit(entry, images, done.findings):
                 paths = [entry.images[index] for index in objects]
                 file.write(
                     json.dumps(_record(paths, size, objects, done.out.parent, domain), ensure_ascii=False) + "\n"

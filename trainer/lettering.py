@@ -5,6 +5,7 @@ import importlib.util
 import string
 import unicodedata
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import chain
@@ -62,9 +63,8 @@ class Lettering:
         line = " ".join(shown(text).split())
         if self.width(line, points) <= inches:
             return line
-        while line and self.width(line + "…", points) > inches:
-            line = line[:-1]
-        return line.rstrip() + "…"
+        kept = bisect_right(range(1, len(line)), inches, key=lambda n: self.width(line[:n] + "…", points))
+        return line[:kept].rstrip() + "…"
 
     def _broken(self, paragraph: str, room: float) -> Iterator[str]:
         begin, may_break, used = 0, 0, 0.0

@@ -190,7 +190,7 @@ def _origins(samples: SampleSet, turn: Turn, epoch: int) -> list[int]:
     assert chain is not None  # noqa: S101  # else nothing is augmented
     origins = []
     for showing in turn:
-        record = samples.records[showing.record]
+        record = replace(samples.records[showing.record], task=showing.task)  # a summary's objects all stay
         numbered = tuple(replace(each, desc=f"{n_before + n}/") for n, each in enumerate(record.objects))
         after = chain.change(replace(record, objects=numbered), epoch=epoch, copy=showing.copy)
         origins += [int(each.desc.partition("/")[0]) for each in after.objects]

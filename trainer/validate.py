@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from trainer.data.statistics import Epoch, Limit, Measured, SetStatistics, first
 from trainer.data.suspicions import Subject, Suspicion, suspicions
 from trainer.data.template import Encoder
 from trainer.data.turns import possible
-from trainer.datasets import check_summaries, files_from, make_encoder, mix_from, spread
+from trainer.datasets import check_first_epoch, check_summaries, files_from, make_encoder, mix_from, spread
 from trainer.errors import DataError
 from trainer.model import load_tools
 
@@ -97,11 +98,12 @@ def validate(resolved: Resolved, console: Console | None = None) -> Validation:
         measured = {name: each.measured for name, each in sets.items()}
         with _told(progress, "compare images"):
             paths = {p.path for of_set in measured.values() for each in of_set for p in each.record.images}
-            subject = Subject(measured, encoder, equal_files(paths))
+            subject = Subject(measured, encoder, equal_files(paths), config.custom.summary_ratio)
         with _told(progress, "look for what is suspicious"):
             noticed = suspicions(subject)
         with _told(progress, "pack"):
-            epoch = _first_epoch(config, sets, encoder)
+            samples = _samples(config, sets, encoder)
+            epoch = first_epoch(step_plan_from(config, samples)) if samples is not None and samples.count(0) else None
             lengths = {name: [each.tokens.whole for each in of_set] for name, of_set in measured.items()}
             limits = tried_limits(lengths, config.max_length, seed=config.training.seed)
     return Validation(
@@ -110,7 +112,7 @@ def validate(resolved: Resolved, console: Console | None = None) -> Validation:
         statistics={name: set_statistics(of_set, config.max_length) for name, of_set in measured.items()},
         epoch=epoch,
         limits=tuple(limits),
-        errors=(*errors, *_refused(config, sets)),
+        errors=(*errors, *_refused(config, sets, samples)),
         warnings=(*_left_out(config, sets), *_misspelt(sets), *noticed),
     )
 
@@ -136,7 +138,7 @@ def _read(
 def _measured(
     path: Path, reading: Reading, records: Iterable[Record], encoder: Encoder, summary_ratio: float
 ) -> CheckedSet:
-    """Hold sound records against the model's limits, with every answer that they can be drawn with."""
+    """Hold sound records against the model's limits with every answer that they can be drawn with; keep the longest."""
     faults, fitting, measured = dict(reading.faults), [], []
     for record in records:
         tasks = possible(record, summary_ratio)
@@ -145,27 +147,33 @@ def _measured(
         else:
             fitting.append(record)
         if not encoder.image_problem(record):
-            measured.append(Measured(record, encoder.token_counts(record)))
+            counts = map(encoder.token_counts, tasks)
+            measured.append(Measured(record, max(counts, key=lambda tokens: tokens.whole)))
     return CheckedSet(path, reading.n_records, faults, tuple(fitting), tuple(measured), reading.unread)
 
 
-def _first_epoch(config: Config, sets: Mapping[str, CheckedSet], encoder: Encoder) -> Epoch | None:
+def _samples(config: Config, sets: Mapping[str, CheckedSet], encoder: Encoder) -> SampleSet | None:
+    """Of training; None where there is no record for it."""
     if "train" not in sets or not sets["train"].records:
         return None
-    samples = SampleSet(sets["train"].records, encoder, mix_from(config, training=True))
-    return first_epoch(step_plan_from(config, samples))
+    return SampleSet(sets["train"].records, encoder, mix_from(config, training=True))
 
 
-def _refused(config: Config, sets: Mapping[str, CheckedSet]) -> Iterator[DataError]:
-    """What training would refuse in the files that could be read."""
+def _refused(config: Config, sets: Mapping[str, CheckedSet], samples: SampleSet | None) -> Iterator[DataError]:
+    """What training would refuse in the files that could be read, and in the samples that they make."""
     for each in sets.values():
         if each.faults and (config.custom.on_bad_record == "error" or not each.records):
             yield bad_records_error(each.path, each.problems(), n_bad=len(each.faults), n_records=each.n_records)
-    if "train" in sets and sets["train"].records:
-        try:
-            check_summaries(config, sets["train"].path, sets["train"].records)
-        except DataError as error:
-            yield error
+    if samples is not None:
+        path = sets["train"].path
+        for check in (
+            partial(check_summaries, config, path, samples.records),
+            partial(check_first_epoch, path, samples),
+        ):
+            try:
+                check()
+            except DataError as error:
+                yield error
 
 
 def _left_out(config: Config, sets: Mapping[str, CheckedSet]) -> Iterator[Suspicion]:

@@ -116,6 +116,19 @@ def test_a_long_line_is_shortened_with_an_ellipsis() -> None:
     assert cut.startswith("汽车/红色") and cut.endswith("…") and letters.width(cut, 7) <= 1
 
 
+def test_a_line_is_shortened_to_the_last_letter_that_fits_in_few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A description may have 4,000 letters; to measure it again for each letter takes their square."""
+    letters = Lettering([])
+    for inches in (0.0, 0.05, 1.0, 20.0):
+        cut = letters.shortened("iW" * 200, inches, 7)
+        fitting = [n for n in range(400) if letters.width(("iW" * 200)[:n] + "…", 7) <= inches]
+        assert cut == ("iW" * 200)[: max(fitting, default=0)] + "…"
+    measured = []
+    monkeypatch.setattr(Lettering, "width", lambda *_: measured.append(1) or 2.0)
+    assert letters.shortened("i" * 4000, 1.0, 7) == "…"
+    assert len(measured) < 20
+
+
 def test_what_cannot_be_seen_is_written_out() -> None:
     """Control signs and marks of zero width; spaces of any width and line feeds stay."""
     assert shown("a\tb\x07c\u200dd\u3000e\nf") == "a\\tb\\x07c\\u200dd\u3000e\nf"

@@ -245,6 +245,17 @@ def test_images_of_a_turn_stand_together(encoder: Encoder, make: Make) -> None:
     assert '"image_3"' in row.passages[1].text
 
 
+def test_objects_of_a_turn_of_summaries_are_told_apart_after_a_crop(encoder: Encoder, make: Make) -> None:
+    """The crop is done on one picture, and not on the other, whose truck it would lose; in a dense turn it is lost."""
+    middle, corner = box(40, 25, 56, 39), box(0, 0, 8, 8, desc="truck")
+    records = [make(1, middle, corner), make(2, middle, box(42, 27, 54, 37))]
+    told = [replace(each, images=(replace(each.images[0], summary="two cars"),)) for each in records]
+    steps = (Step("center_crop", 1.0, {"scale": 0.25, **CROP}),)
+    for ratio, n_labels in ((1.0, [2, 2]), (0.0, [1, 2])):
+        (row,) = rows_of(samples(encoder, *told, steps=steps, images_per_turn=2, summary_ratio=ratio), 2, 1)
+        assert sorted(len(panel.labels) for panel in row.cells[1].panels) == n_labels
+
+
 def test_a_record_that_the_first_epoch_leaves_out_is_shown(encoder: Encoder, make: Make) -> None:
     """Its weight of 0.01 is why, and its title says so."""
     (row,) = rows_of(samples(encoder, replace(make(1), weight=0.01), steps=FLIP), 1, 1)

@@ -178,12 +178,35 @@ def test_summaries_that_are_to_be_trained_must_be_there(check: Callable[..., Val
     assert "has a summary" in error.got
 
 
+def test_weights_that_draw_nothing_in_the_first_epoch_are_an_error(check: Callable[..., Validation]) -> None:
+    """Training refuses them too; there is no first epoch to count then."""
+    found = check(changed(lambda sets: [each.update(weight=0.01) for each in sets["train"]]))
+    (error,) = found.errors
+    assert "no sample in the first epoch: 3 records with weights of 0.03 in all" in str(error)
+    assert found.epoch is None and "first epoch:" not in table(found)
+    assert as_tree(found)["first_epoch"] is None
+
+
 def test_a_summary_that_makes_its_sample_too_long_is_found(check: Callable[..., Validation]) -> None:
     """Where a record can be drawn with it; training would refuse it."""
     long = {"train": [record("a.png", box("汽车/red"), summary="two cars " * 2000)], "val": SOUND["val"]}
     assert check(long).errors == ()
     (error,) = check(long, custom__summary_ratio="0.5").errors
     assert "train.jsonl:1" in str(error)
+
+
+def test_lengths_are_those_of_the_longest_answer_that_can_be_drawn(check: Callable[..., Validation]) -> None:
+    """A summary counts where one is drawn, in the numbers and in the warning of what is cut."""
+    long = changed(lambda sets: sets["train"][0].update(summary="two cars " * 2000))
+    cut = {"template__truncation_strategy": "right"}
+    found = check(long, **cut)
+    assert (found.statistics["train"].too_long, found.warnings) == (0, ())
+    found = check(long, **cut, custom__summary_ratio="0.5")
+    (warning,) = [each for each in found.warnings if each.check == "cut_answers"]
+    (place,) = warning.places
+    tokens = found.statistics["train"].spreads["tokens"]
+    assert found.statistics["train"].too_long == 1 and tokens is not None
+    assert place == f"train.jsonl:1: {tokens.max} tokens; the summary is cut"
 
 
 # --- what is suspicious -------------------------------------------------------------------------------------------

@@ -361,4 +361,6 @@ def marked(desc: str, rules: Rules) -> str:
         return "".join(rules.partial_word if word == rules.complete_word else word for word in words)
     kind, slash, rest = desc.partition("/")
     attributes, more, others = rest.partition("/")
-    return f"{kind}/{attributes},{rules.partial_word}{more}{others}" if slash else f"{kind}/{rules.partial_word}"
+    last = attributes.rstrip()
+    listed = f"{last},{rules.partial_word}{attributes[len(last) :]}" if last else rules.partial_word
+    return f"{kind}/{listed}{more}{others}" if slash else f"{kind}/{rules.partial_word}"

@@ -77,7 +77,7 @@ def _annotation(
     annotation: dict[str, Any], names: dict[Any, str], kind: Literal["bbox", "poly"], findings: Findings
 ) -> Annotation | None:
     place, category = _place(annotation), annotation.get("category_id")
-    if annotation.get("iscrowd"):
+    if annotation.get("iscrowd") in (1, "1"):  # true is 1; some tools write texts
         findings.left_out.add("object", "a crowd, not one object (iscrowd)", place)
         return None
     if not _is_id(category) or category not in names:
@@ -108,6 +108,8 @@ def _box(bbox: Any) -> Geometry | None:
 def _polygon(segmentation: Any, place: str, findings: Findings) -> Geometry | None:
     """The one polygon of an annotation; None, and counted, where its box must stand for it."""
     rings = segmentation if isinstance(segmentation, list) else []
+    if rings and not any(isinstance(ring, list) for ring in rings):
+        rings = [rings]  # x, y, x, y, ... without the list around them
     reason = "its box instead of a polygon: "
     if isinstance(segmentation, dict):
         findings.changed.add("object", reason + "it is given as a mask (RLE)", place)

@@ -48,7 +48,9 @@ _LARGE_PIXELS, _STRIP_PIXELS = 2**24, 2**20
 _LARGE_BYTES = 2**26
 _one_large = RLock()  # large images are looked at one at a time, else the threads together would hold gigabytes
 
-_EXIF_ORIENTATION, _SIDEWAYS = 0x0112, range(5, 9)  # orientations 5 to 8 exchange width and height
+SIDEWAYS = range(5, 9)
+"""EXIF orientations that exchange width and height."""
+_EXIF_ORIENTATION = 0x0112
 # Pillow's exif_transpose also writes the rest of the EXIF data anew, and fails where a camera broke the rules there.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -135,6 +137,15 @@ def read_image(path: Path) -> Image.Image:
 
 
 def image_sizes(paths: Iterable[Path]) -> dict[Path, Size | str]:
+    """Look at image files as `looked_at` does.
+
+    Returns:
+        For each path its size (width, height) in pixels with the EXIF orientation applied, or why it cannot be read.
+    """
+    return {path: found if isinstance(found, str) else found[0] for path, found in looked_at(paths).items()}
+
+
+def looked_at(paths: Iterable[Path]) -> dict[Path, tuple[Size, int] | str]:
     """Look at image files, several at a time, for whatever `read_image` would refuse.
 
     From the header: the format, the number of pixels and of pictures, the kind of numbers. Then PNG checksums are
@@ -146,12 +157,13 @@ def image_sizes(paths: Iterable[Path]) -> dict[Path, Size | str]:
         paths: image files.
 
     Returns:
-        For each path its size (width, height) in pixels with the EXIF orientation applied, or why it cannot be read.
+        For each path its size (width, height) in pixels with the EXIF orientation applied, and that orientation: 1 to
+        8, and 1 where Pillow itself turns the image as it decodes it, a TIFF; or why it cannot be read.
     """
     ordered = sorted(paths)
     Image.init()  # registers all formats once; the threads below must not race for it
     with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(ordered, pool.map(_image_size, ordered), strict=True))
+        return dict(zip(ordered, pool.map(_looked_at, ordered), strict=True))
 
 
 def equal_files(paths: Iterable[Path]) -> dict[Path, Path]:
@@ -178,14 +190,14 @@ def _digest(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _image_size(path: Path) -> Size | str:
+def _looked_at(path: Path) -> tuple[Size, int] | str:
     try:
         with _one_large if path.stat().st_size > _LARGE_BYTES else nullcontext(), _opened(path) as image:
             width, height = image.size
             with _one_large if width * height > _LARGE_PIXELS else nullcontext():
-                if not _is_whole(image):
-                    return _seen(image).size
-            return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
+                seen = None if _is_whole(image) else _seen(image).size
+            turn = _orientation(image)
+            return seen or ((height, width) if turn in SIDEWAYS else (width, height)), turn if turn in _UPRIGHT else 1
     except Exception as error:  # noqa: BLE001  # Pillow's readers raise nearly any type on a broken file
         return _reason(error)
 

@@ -151,7 +151,8 @@ class StepPlan:
         epoch, first_step = self._place(first_step)
         while True:
             at_once = self.micro_batch * self.ranks
-            for packs in _evenly(self.packs(epoch), self.steps_in_epoch(epoch))[first_step:]:
+            n_steps = self.steps_in_epoch(epoch)  # none where weights below 1 draw no sample
+            for packs in _evenly(self.packs(epoch), n_steps)[first_step:] if n_steps else ():
                 micro_batches = [packs[start : start + at_once] for start in range(0, len(packs), at_once)]
                 # evenly again, so that no rank waits for another that has two packs more
                 yield [[list(chain(*of_rank)) for of_rank in _evenly(some, self.ranks)] for some in micro_batches]

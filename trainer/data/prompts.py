@@ -52,7 +52,7 @@ class Taxonomy:
         attributes = tree.get("attributes") or {}
         if not isinstance(attributes, dict):
             raise _taxonomy_error(path, "`attributes` is not a map")
-        names = _texts(path, "attributes", [str(key) for key in attributes])
+        names = _texts(path, "names of attributes", [*attributes])
         return cls(
             types=_texts(path, "types", tree.get("types")),
             attributes=tuple(
@@ -223,7 +223,7 @@ def _texts(path: Path, key: str, value: Any) -> tuple[str, ...]:
     for place, each in enumerate(value, 1):
         if not isinstance(each, str):
             # not what it holds: a few lines of YAML can mean a billion values
-            got = f"item {place} is a {type(each).__name__} (quote numbers, yes and no)"
+            got = f"item {place} is a {type(each).__name__} (quote numbers, yes, no, on and off)"
             raise _taxonomy_error(path, f"`{key}` is not a list of texts: {got}")
         if problem := text_problem(key, each):
             raise _taxonomy_error(path, f"item {place}: {problem}")

@@ -31,7 +31,7 @@ MAX_WEIGHT = 100
 MAX_OBJECTS = 5_000
 """Objects of a record at most: above what a sample has room for, and below what takes minutes to cut and to draw."""
 
-_MAX_IMAGES, _MAX_TEXT, _MAX_SUMMARY = 1_000, 4_000, 100_000  # of a record, characters; likewise
+MAX_IMAGES, _MAX_TEXT, _MAX_SUMMARY = 1_000, 4_000, 100_000  # of a record, characters; likewise
 _LISTED = 20  # faults that one message spells out; the rest is counted
 _DOMAIN = re.compile(r"[\w.\- ]{1,100}")
 _HALF_A_LETTER = re.compile("[\ud800-\udfff]")
@@ -230,12 +230,12 @@ class _Draft:
             self.problems.append(f": not a JSON object but {_short(tree)}")
             return
         self.unread |= tree.keys() - _KEYS
-        self._summary, self._domain, self._weight = tree.get("summary"), tree.get("domain"), tree.get("weight", 1)
+        self._summary, self._domain = tree.get("summary"), tree.get("domain")
         self._read_images(tree.get("images"), path_of)
         self._read_size(tree.get("width"), tree.get("height"))
         self._read_objects(tree.get("objects"))
         self._read_texts()
-        self._read_weight()
+        self._read_weight(tree.get("weight"))
 
     def record(self, name: str) -> Record:
         """The record; only for a draft without problems."""
@@ -260,8 +260,8 @@ class _Draft:
         if not isinstance(images, list) or not images or not all(isinstance(each, str) and each for each in images):
             self.problems.append(f": `images` must be a list of at least one path, not {_short(images)}")
             return
-        if len(images) > _MAX_IMAGES:
-            self.problems.append(f": {len(images)} images, more than {_MAX_IMAGES}")
+        if len(images) > MAX_IMAGES:
+            self.problems.append(f": {len(images)} images, more than {MAX_IMAGES}")
             return
         if unusable := [each for each in images if "\0" in each or _has_half_a_letter(each)]:
             self.problems.append(f": no file can have the name {_short(unusable[0])}")
@@ -301,8 +301,8 @@ class _Draft:
         if self._domain is not None and (problem := domain_problem(self._domain)):
             self.problems.append(f": {problem}")
 
-    def _read_weight(self) -> None:
-        weight = self._weight
+    def _read_weight(self, given: Any) -> None:
+        weight = self._weight = 1 if given is None else given
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not 0 < weight <= MAX_WEIGHT:
             self.problems.append(f": `weight` must be a number above 0 and at most {MAX_WEIGHT}, not {_short(weight)}")
@@ -313,7 +313,7 @@ def _read_object(tree: Any, size: Size | None, n_images: int) -> Object | list[s
     if not isinstance(tree, dict):
         return [f"not a JSON object but {_short(tree)}"]
     problems = [problem] if (problem := text_problem("desc", tree.get("desc"))) else []
-    image = tree.get("image", 0)
+    image = 0 if tree.get("image") is None else tree["image"]
     if not isinstance(image, int) or isinstance(image, bool) or not 0 <= image < n_images:
         problems.append(f"`image` must be an index from 0 to {n_images - 1}, not {_short(image)}")
     kinds = [kind for kind in KINDS if tree.get(kind) is not None]

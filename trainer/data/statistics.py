@@ -19,7 +19,7 @@ _PERCENTS = (0, 50, 90, 99, 100)
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A record and the tokens that its sample would have without any limit."""
+    """A record and the tokens that its longest sample, by objects or summary, would have without any limit."""
 
     record: Record
     tokens: TokenCounts

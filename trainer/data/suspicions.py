@@ -15,6 +15,7 @@ from trainer.data.geometry import Geometry, Size, bounding_box, emit
 from trainer.data.records import Record, object_type
 from trainer.data.statistics import Measured
 from trainer.data.template import Encoder
+from trainer.data.turns import possible
 
 _ENOUGH = 1.0  # pixels of the image as the model is shown it: width and height, area, a line's length
 
@@ -42,11 +43,13 @@ class Subject:
         sets: `train`, `val` and, where there is one, `ood`, with the records that can be read.
         encoder: of the run.
         first_equal: image file -> the first of those with equal content, as `equal_files` gives it.
+        summary_ratio: share of the records that have a summary whose answer is the summary.
     """
 
     sets: Mapping[str, Sequence[Measured]]
     encoder: Encoder
     first_equal: Mapping[Path, Path] = field(default_factory=dict)
+    summary_ratio: float = 0.0
 
     def records(self, name: str) -> Iterator[Record]:
         """Of one set; none where there is no such set."""
@@ -202,10 +205,13 @@ def cut_answers(subject: Subject) -> Iterator[tuple[str, list[str]]]:
         return
     for name, measured in subject.sets.items():
         places = []
-        for record, tokens in ((each.record, each.tokens) for each in measured):
+        long = [each.record for each in measured if each.tokens.whole > encoder.max_length]
+        for record in (drawn for each in long for drawn in possible(each, subject.summary_ratio)):
+            tokens = encoder.token_counts(record)
             if tokens.prompt + tokens.image < encoder.max_length < tokens.whole:
-                left = f"{len(parse_answer(encoder.kept_answer(record)))} of {len(record.objects)}"
-                places.append(f"{record.id}: {tokens.whole} tokens; whole objects left: {left}")
+                left = f"whole objects left: {len(parse_answer(encoder.kept_answer(record)))} of {len(record.objects)}"
+                what = "the summary is cut" if record.task == "summary" else left
+                places.append(f"{record.id}: {tokens.whole} tokens; {what}")
         yield f"answers of {name} that are cut at {encoder.max_length} tokens", places
 
 

@@ -9,6 +9,8 @@ from trainer.data.annotations import Annotation, Entry, Findings, Watch, are_num
 from trainer.data.geometry import Geometry
 from trainer.data.placeholders import Message, Name, name_boxes
 
+_LONGEST_PATH = 4096  # letters: what is longer is an image in base64
+
 
 def read_swift(lines: Sequence[bytes], source: Path, images: Path, findings: Findings, watch: Watch) -> Iterator[Entry]:
     """Read the lines of a JSONL file of `messages`, `images` and `objects` (`ref`, `bbox`, `bbox_type`, `image_id`).
@@ -66,7 +68,8 @@ def _entry(tree: Any, place: str, folder: Path, findings: Findings) -> Entry | N
         else:
             if names[index].from_text:
                 findings.changed.add("object", "described by the text beside its box, for want of a <ref-object>", here)
-    return Entry(place, paths, tuple(found), fractions=fractions)
+    # ms-swift decodes with Pillow and leaves the EXIF orientation alone
+    return Entry(place, paths, tuple(found), fractions=fractions, as_stored=True)
 
 
 class _NotReadableError(Exception):
@@ -110,7 +113,7 @@ def _image_paths(images: Any, folder: Path) -> tuple[Path, ...]:
     paths: list[Any] = [each.get("path") if isinstance(each, dict) else each for each in listed]
     if not paths or not all(isinstance(path, str) and path for path in paths):
         raise _NotReadableError("its images are not given by their paths")
-    if any(path.startswith("data:") or "://" in path for path in paths):
+    if any(path.startswith("data:") or "://" in path or len(path) > _LONGEST_PATH for path in paths):
         raise _NotReadableError("its image is not a file but an address, or lies in the line itself")
     return tuple(folder / path for path in paths)
 

@@ -318,6 +318,30 @@ def test_where_samples_change_every_epoch_counts_as_the_first() -> None:
     assert list(islice(plan.epochs(), 10)) == [0, 0, 1, 1, 1, 2, 2, 2, 2, 3]
 
 
+@pytest.mark.parametrize("capacity", [None, 10])
+def test_an_epoch_without_a_sample_is_passed_over(capacity: int | None) -> None:
+    """Small weights may draw none; a run that goes on after any step takes the same ones, of the same epochs."""
+
+    class Sparse:
+        """Two samples in every third epoch."""
+
+        is_constant = False
+
+        def count(self, epoch: int) -> int:
+            return 0 if epoch % 3 else 2
+
+        def lengths(self, epoch: int) -> tuple[int, ...]:
+            return (6,) * self.count(epoch)
+
+    plan = StepPlan(Sparse(), seed=17, micro_batch=1, accumulation=1, capacity=capacity)
+    steps, epochs = list(islice(plan.steps(), 6)), list(islice(plan.epochs(), 6))
+    assert epochs == [0, 0, 3, 3, 6, 6]
+    assert [sorted(samples_of(a) + samples_of(b)) for a, b in zip(steps[::2], steps[1::2], strict=True)] == [[0, 1]] * 3
+    for first in range(5):
+        assert next(plan.steps(first)) == steps[first]
+        assert next(plan.epochs(first)) == epochs[first]
+
+
 @given(plans(), st.integers(1, 4))
 def test_the_last_step_of_an_epoch_has_seen_every_sample_as_often_as_epochs(plan: StepPlan, epochs: int) -> None:
     """Also where the epochs have different numbers of packs, and so of steps."""

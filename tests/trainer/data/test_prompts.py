@@ -63,6 +63,7 @@ def test_a_taxonomy_is_read_in_the_order_of_its_file(tmp_path: Path) -> None:
         ("types: bolt\n", "`types` is not a list of texts"),
         ("types: [bolt, 3]\n", "`types` is not a list of texts"),
         ("attributes: [red]\n", "`attributes` is not a map"),
+        ("attributes: {on: [red]}\n", "item 1 is a bool (quote numbers, yes, no, on and off)"),
         ("attributes: {colour: red}\n", "`attributes.colour` is not a list"),
         ("types: [bolt\n", "cannot be read"),
     ],

@@ -60,6 +60,15 @@ def test_a_good_record_is_read_as_it_stands(folder: Path) -> None:
     )
 
 
+def test_null_is_as_left_out(folder: Path) -> None:
+    """Tables that pandas or Arrow write have every key in every row."""
+    nothing = dict.fromkeys(("domain", "weight", "summary"))
+    written = GOOD | nothing | {"objects": [BOX | dict.fromkeys(("image", "line_points", "quad"))]}
+    plain = read_records(write(folder, GOOD | {"objects": [BOX]})).records
+    assert read_records(write(folder, written)).records == plain
+    assert (plain[0].weight, plain[0].objects[0].image) == (1, 0)
+
+
 def test_absolute_image_paths_several_images_and_the_edge_of_the_image_are_allowed(folder: Path) -> None:
     """A box may end at the very edge; `image` says which image an object is on."""
     edge = {"bbox_2d": [0, 0, 96, 64], "desc": "all", "image": 1}
