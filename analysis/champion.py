@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.ended_early import EndedEarly, ended_early, sentences, told_apart
-from analysis.ranking import Ranking, Reading, direction
+from analysis.ranking import Ranking, Reading, direction, nothing_ranked
 from analysis.statistics import Difference
 from analysis.store import Store
 from analysis.verdict import pair_of, standing
@@ -42,7 +42,7 @@ def promote(store: Store, ranking: Ranking, model: str, alias: str, *, anyway: b
     _check_names(model, alias)
     finite = [row for row in ranking.rows if not math.isnan(row.estimates[ranking.by].mean)]
     if not finite:
-        raise UserError(str(store), "no run that can be ranked", "at least one", "see why: python -m analysis rank")
+        raise nothing_ranked(str(store))
     winner = finite[0]
     second = finite[1].label if len(finite) > 1 else ""
     pair = pair_of(ranking, winner, finite[1]) if second else None

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal, cast
 
-from analysis.ranking import Ranking, Reading
+from analysis.ranking import Ranking, Reading, nothing_ranked
 from analysis.store import Store
 from trainer import names
 from trainer.data.answer import ParsedObject
@@ -89,10 +89,7 @@ def gather(store: Store, ranking: Ranking, *, seed: str | None, val_jsonl: Path 
         UserError: no answers, no validation file, or another one than the runs were scored on.
     """
     if not ranking.rows:
-        raise UserError(
-            "gallery", "no run that can be ranked", "runs that finished and passed their training gate",
-            "see why: python -m analysis rank",
-        )  # fmt: skip
+        raise nothing_ranked(str(store))
     arms = chosen_runs(ranking, seed)
     answers = {label: _answers(store, reading) for label, reading in arms.items()}
     told = {label: found for label, found in answers.items() if found}

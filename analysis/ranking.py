@@ -206,6 +206,11 @@ def _step_at(at: At, evaluations: Curve, curves: Mapping[str, Curve]) -> float |
     return float(reached[-1]) if reached else f"has no evaluation before {at}"
 
 
+def nothing_ranked(store: str) -> UserError:
+    """What is said where a ranking is needed that has an arm, and the store has no run for it."""
+    return UserError(store, "no run that can be ranked", "at least one", "see why: python -m analysis rank")
+
+
 def rank(
     readings: Sequence[Reading],
     by: str,

@@ -10,7 +10,7 @@ from rich.progress import Progress, TextColumn
 
 from analysis.comparison import CURVES_NEEDED, Comparison
 from analysis.curves import Curve
-from analysis.ranking import CURVES, At, Ranking, Reading, direction, rank, read, why_excluded
+from analysis.ranking import CURVES, At, Ranking, Reading, direction, nothing_ranked, rank, read, why_excluded
 from analysis.runs import PARENT, Run
 from analysis.settings import DERIVED, is_setting
 from analysis.store import Store
@@ -78,7 +78,7 @@ def read_comparison(store: Store, experiment: str | None, where: str | None, by:
     """
     ranking = read_ranking(store, experiment, where, by, at)
     if not ranking.rows:
-        raise UserError(str(store), "no run that can be ranked", "at least one", "see why: python -m analysis rank")
+        raise nothing_ranked(str(store))
     run_ids = [reading.run.id for row in ranking.rows for reading in row.readings]
     by_metric = {metric: store.curves(run_ids, metric) for metric in {*CURVES_NEEDED, by}}
     return Comparison(

@@ -39,14 +39,12 @@ def tensorboard_runs(folder: Path) -> Iterator[Imported]:
             f"a folder with files named {_PATTERN}",
             "give the folder that TensorBoard was started with (--logdir)",
         )
-    made = (
-        _imported(run, run.relative_to(folder).as_posix() if run != folder else folder.resolve().name) for run in found
-    )
     n_runs = 0
-    for run in made:
-        if run.rows:  # those of hyperparameters have none
+    for run in found:
+        made = _imported(run, run.relative_to(folder).as_posix() if run != folder else folder.resolve().name)
+        if made.rows:  # those of hyperparameters have none
             n_runs += 1
-            yield run
+            yield made
     if not n_runs:
         raise UserError(
             str(folder), "event files without a scalar", "scalars as torch.utils.tensorboard writes them",

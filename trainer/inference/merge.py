@@ -83,7 +83,7 @@ def check_merged(folder: Path, base: Iterator[tuple[str, Tensor]], checkpoint: P
     config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
     scale = config["lora_alpha"] / config["r"]
     counts = dict.fromkeys(("untouched", "copied", "added"), 0)
-    embedding, head = None, written.get(_HEAD)
+    embedding = None
     for name, weight in base:
         stem, full = name.removesuffix(".weight"), adapter.pop(_PREFIX + name, None)
         a, b = (adapter.pop(f"{_PREFIX}{stem}.lora_{each}.weight", None) for each in "AB")
@@ -99,8 +99,8 @@ def check_merged(folder: Path, base: Iterator[tuple[str, Tensor]], checkpoint: P
         if found is None or found.dtype != dtype or not _same(found, wanted.to(dtype), exact=kind != "added"):
             raise _wrong(folder, name, "not there" if found is None else f"not what {kind} tensors have to be")
         counts[kind] += 1
-    if head is not None and embedding is not None and _same(head, embedding.to(dtype), exact=True):
-        written.pop(_HEAD, None)  # tied in the base, whose embedding was trained alone: the head stayed as it was
+    if _HEAD in written and embedding is not None and _same(written[_HEAD], embedding.to(dtype), exact=True):
+        del written[_HEAD]  # tied in the base, whose embedding was trained alone: the head stayed as it was
     if left := [*written, *adapter]:
         raise _wrong(folder, left[0], f"not of base and adapter, nor are {len(left) - 1} more")
     return Merged(**counts)
